@@ -1,0 +1,871 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "gymnasium==1.4.0", "ale-py==0.12.1", "numpy==2.4.6", "tyro==1.0.17",
+#   "tqdm==4.70.1", "wandb==0.31.0", "moviepy==2.2.1",
+# ]
+# ///
+"""Inverse soft-Q Learning (IQ-Learn, arXiv:2106.12142): imitation from pixels, on Atari.
+
+@DOC@
+"""
+import csv
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import time
+import zipfile
+import zlib
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from ale_py import AtariVectorEnv, roms
+from gymnasium.vector import AutoresetMode
+from tqdm import tqdm
+
+SCRIPT = "iq_atari"
+# Mean return of uniformly random actions, 100 games; measured when a game is missing.
+RANDOM_RETURN = {"Pong": -20.7}
+# Settings that differ per game, by its name without the version; a flag that is given always wins.
+SETTINGS: dict[str, dict] = {}
+
+
+# ----------------------------------------------------------------------------------------------- Args
+@dataclass
+class Args:
+    # The task
+    env_id: str = "PongNoFrameskip-v4"  # XNoFrameskip-v4 or ALE/X-v5 of any game that the emulator has
+    seed: int = 1  # of everything: demonstrations drawn, network, games
+    pretrain_updates: int = 20_000  # updates on demonstrations alone, before any play
+    total_timesteps: int = 0  # decisions (4 frames each) of play after that, summed over the environments
+    num_envs: int = 8  # games played side by side
+    # Demonstrations
+    demos: str | None = None  # an .npz file or a Minari dataset id (default: the bundled file)
+    num_demos: int = 20  # trajectories, drawn by the seed; 0 for all
+    subsample_freq: int = 1  # keep every k-th transition of a trajectory, from a random offset
+    dones_are: Literal["terminations", "time-limits"] | None = None  # what `dones` in a file of frames means
+    # The objective (the letters of the equations in brackets)
+    objective: Literal["iq", "bc"] = "iq"  # IQ-Learn, or behavioural cloning with the same network
+    gamma: float = 0.99  # discount [γ]
+    temperature: float = 0.001  # entropy temperature of value and policy [τ]; 0 for the hard maximum
+    divergence: Literal["chi2"] = "chi2"  # the distance; iq_discrete.py has the others [φ]
+    chi2_alpha: float = 0.5  # χ² strength [α]
+    chi2_rows: Literal["expert", "both"] = "both"  # rows whose r² is penalised
+    value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "value"  # form of the second term
+    target_rate: float = 0.0  # Polyak rate of a target network for V(s'); 0: none, V(s') has gradient
+    average_rate: float = 0.0  # rate of the moving average that is evaluated and saved; 0: the network
+    # The network
+    bfloat16: bool = True  # autocast the convolutions where the hardware has bfloat16; the last layer stays float32
+    # Optimisation
+    learning_rate: float = 1e-4  # of Adam
+    batch_size: int = 64  # expert rows, and as many policy rows
+    buffer_size: int = 200_000  # transitions of the agent's own that are kept
+    updates_per_step: float = 0.25  # gradient updates per environment step (bc: that many, and no step)
+    # The run
+    eval_every: int = 5_000  # steps (before play: updates) between evaluations; 0: none at all
+    eval_episodes: int = 10  # episodes of an evaluation
+    out_dir: str = "runs"  # where run directories go
+    run_name: str | None = None  # the run's directory (default: environment, script, seed, time)
+    track: bool = False  # log to Weights & Biases
+    wandb_project_name: str = "iq-learn"  # its project
+    wandb_entity: str | None = None  # its team
+    capture_video: bool = False  # record the last evaluation's first episode
+    save_model: bool = True  # write model.pt
+    checkpoint_every: int = 10_000  # steps or updates between checkpoints; 0: only at the end or when stopped
+    resume: str | None = None  # a run directory to continue
+    evaluate: str | None = None  # a model.pt to play instead of training
+    cuda: bool = True  # use a GPU if there is one
+    compile: bool = False  # torch.compile the update
+
+
+MAY_CHANGE_ON_RESUME = {"total_timesteps", "eval_every", "eval_episodes", "track", "wandb_project_name",
+                        "wandb_entity", "capture_video", "save_model", "checkpoint_every", "resume"}  # fmt: skip
+
+
+class BadInput(Exception):
+    """A mistake that the user can mend, told in one sentence; exit status 2."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise `BadInput(message)` unless `condition` holds."""
+    if not condition:
+        raise BadInput(message)
+
+
+def env_name(env_id: str) -> str:
+    """The game without version, namespace and `NoFrameskip`: `PongNoFrameskip-v4` and `ALE/Pong-v5` give `Pong`."""
+    return re.sub(r"(NoFrameskip|Deterministic)?-v\d+$", "", env_id).split("/")[-1]
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Flags over the environment's settings over the defaults; with `--resume`, over the stopped run's own.
+
+    Raises:
+        BadInput: `--resume` with no run there, of another script, or with a setting that must not change.
+    """
+    args = tyro.cli(Args, args=argv)
+    if not args.resume:
+        return tyro.cli(Args, args=argv, default=replace(Args(), **SETTINGS.get(env_name(args.env_id), {})))
+    run_dir = Path(args.resume)
+    check((run_dir / "checkpoint.pt").is_file(), f"--resume {run_dir}: no checkpoint.pt found there")
+    stored = json.loads((run_dir / "args.json").read_text())
+    check(stored.pop("script") == SCRIPT, f"--resume {run_dir}: that run is not one of {SCRIPT}.py")
+    stored = replace(Args(**stored), out_dir=str(run_dir.resolve().parent), run_name=run_dir.resolve().name)
+    args = tyro.cli(Args, args=argv, default=stored)
+    for name, value in asdict(args).items():
+        old = getattr(stored, name)
+        check(value == old or name in MAY_CHANGE_ON_RESUME,
+              f"--{name.replace('_', '-')} {value}: the run in {run_dir} has {old}, and a resumed run keeps it")  # fmt: skip
+    return args
+
+
+def validate(args: Args) -> None:
+    """Check the numbers among the flags. Raises BadInput."""
+    rules = {
+        "at least 1": (lambda x: x >= 1, ["num_envs", "subsample_freq", "batch_size", "buffer_size",
+                                          "eval_episodes"]),
+        "at least 0": (lambda x: x >= 0, ["pretrain_updates", "total_timesteps", "num_demos", "temperature", "eval_every",
+                                          "checkpoint_every", "seed"]),
+        "above 0": (lambda x: x > 0, ["learning_rate", "updates_per_step", "chi2_alpha"]),
+        "at least 0 and below 1": (lambda x: 0 <= x < 1, ["gamma"]),
+        "from 0 to 1": (lambda x: 0 <= x <= 1, ["target_rate", "average_rate"]),
+    }  # fmt: skip
+    for rule, (holds, names) in rules.items():
+        for name in names:
+            value = getattr(args, name)
+            check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
+    check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected at least --num-envs {args.num_envs}")
+
+
+# ---------------------------------------------------------------------------------------- Environment
+def make_envs(args: Args, num_envs: int) -> AtariVectorEnv:
+    """Games played together: every 4th frame, the maximum of the last two, 84×84 grey, 4 stacked, up to 30 no-ops and
+    FIRE where a game needs it at the start, the full game and its unclipped score, no sticky actions.
+
+    SAME_STEP: the default autoreset would store a fake transition from an episode's end to the next one's start; here
+    the true last observation is `info["final_obs"]`.
+
+    Raises:
+        BadInput: a game that the emulator does not have.
+    """
+    games = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
+    game = games.get(env_name(args.env_id).lower())
+    check(game is not None and re.search(r"-v\d+$", args.env_id) is not None,
+          f"--env-id {args.env_id}: no such game, expected XNoFrameskip-v4 or ALE/X-v5 with one of the emulator's")  # fmt: skip
+    return AtariVectorEnv(game, num_envs, reward_clipping=False, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+# ------------------------------------------------------------------------------------------- Networks
+class QNetwork(nn.Module):
+    """Q(s, ·) of stacked frames: uint8 `[B, 4, 84, 84]` to `[B, num_actions]` (the network of DQN, Nature 2015).
+
+    The convolutions run in bfloat16 with `autocast`, channels last; the head is float32, since Q is divided by a small
+    temperature.
+    """
+
+    def __init__(self, num_actions: int):
+        super().__init__()
+        self.sizes = dict(num_actions=num_actions)
+        self.autocast = False
+        self.layers = nn.Sequential(
+            nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
+        ).to(memory_format=torch.channels_last)  # fmt: skip
+        self.head = nn.Linear(512, num_actions)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        dtype = torch.bfloat16 if self.autocast else torch.float32
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.autocast):
+            features = self.layers(obs.to(dtype, memory_format=torch.channels_last) / 255)
+        return self.head(features.float())
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices; emulated, they are slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+# --------------------------------------------------------------------------- Demonstrations and replay
+class Batch(NamedTuple):
+    """Transitions; the environment's reward is not among them."""
+
+    obs: torch.Tensor  # [B, 4, 84, 84] uint8
+    action: torch.Tensor  # [B] int64
+    next_obs: torch.Tensor  # [B, 4, 84, 84] uint8, at an episode's end the true last observation
+    terminated: torch.Tensor  # [B] float32, 1 where the episode ended by itself, not by a time limit
+
+
+class Demonstrations(NamedTuple):
+    """The expert's frames and transitions on the device, and what is reported of them."""
+
+    frames: torch.Tensor  # [1, N, 84, 84] uint8, T + 1 of each episode: 7,056 bytes a transition
+    position: torch.Tensor  # [T] int64, the frame that a transition starts from
+    age: torch.Tensor  # [T] int64, decisions since the episode's start
+    action: torch.Tensor  # [T] int64
+    terminated: torch.Tensor  # [T] float32
+    initial_obs: torch.Tensor  # [episodes, 4, 84, 84], each trajectory's first state, kept before subsampling
+    expert_return: float  # mean return of the trajectories used; NaN without rewards in the file
+
+
+def read_npz(path: str, names: list[str], optional: list[str]) -> dict[str, np.ndarray]:
+    """The named arrays of an .npz file; nothing else is read and nothing is ever unpickled.
+
+    Raises:
+        BadInput: no such file, not an .npz, cut off, pickled content, or a name missing.
+    """
+    check(Path(path).is_file(), f"--demos {path}: no such file")
+    check(zipfile.is_zipfile(path), f"--demos {path}: not an .npz file, or one that is cut off")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in names if name not in file.files]
+            check(not missing, f"--demos {path}: keys {missing} are missing, it has {file.files}")
+            return {name: file[name] for name in names + optional if name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadInput(f"--demos {path}: cannot be read as plain arrays: {' '.join(str(error).split())}") from None
+
+
+def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
+    """A Minari dataset as the arrays of the .npz format.
+
+    Raises:
+        BadInput: `minari` is not installed, or no such dataset.
+    """
+    try:
+        import minari
+    except ImportError:
+        raise BadInput(f"--demos {dataset_id}: a Minari dataset needs `pip install minari[hdf5]`") from None
+    try:
+        dataset = minari.load_dataset(dataset_id, download=True)
+    except Exception as error:  # minari raises many kinds: no such dataset, no network, a broken file
+        raise BadInput(f"--demos {dataset_id}: Minari cannot load it: {' '.join(str(error).split())}") from None
+    episodes = list(tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc="reading", disable=None))
+    check(all(isinstance(e.observations, np.ndarray) for e in episodes),
+          f"--demos {dataset_id}: its observations are not plain arrays")  # fmt: skip
+    arrays = {name: np.concatenate([getattr(e, name) for e in episodes])
+              for name in ("observations", "actions", "terminations", "truncations", "rewards")}  # fmt: skip
+    env_spec = dataset.env_spec
+    return arrays | {"episode_lengths": np.array([len(e.actions) for e in episodes]),
+                     "env_id": np.array(env_spec.id if env_spec else "unknown")}  # fmt: skip
+
+
+def demonstrations_path(args: Args) -> str:
+    """`--demos`, or the bundled file beside this script. Raises BadInput if there is neither."""
+    if args.demos is not None:
+        return args.demos
+    name = args.env_id.replace("/", "-")
+    game = env_name(args.env_id)  # one file serves both spellings of a game
+    path = Path(__file__).resolve().parent / "demos" / f"{game}NoFrameskip-v4.npz"
+    check(path.is_file(), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
+          "seeds, actions, episode_lengths, returns and env_id (or uint8 observations [N, 84, 84], actions, terminations, "
+          "truncations, episode_lengths and env_id), or a Minari dataset id")  # fmt: skip
+    return str(path)
+
+
+def read_demonstrations(args: Args, names: list[str], optional: list[str]) -> tuple[str, dict[str, np.ndarray]]:
+    """Where they came from, for messages, and the named arrays. Raises BadInput (also for `dones` unexplained)."""
+    path = demonstrations_path(args)
+    where = f"--demos {path}"
+    print(f"loading demonstrations from {path}", flush=True)
+    if not path.endswith(".npz") and not Path(path).exists() and re.search(r"-v\d+$", path):
+        return where, read_minari(path)
+    data = read_npz(path, [], ["dones"])
+    if not data:
+        return where, read_npz(path, names, optional)
+    check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, where "
+          "V(s') is 0, from one that a time limit cut: give --dones-are terminations or --dones-are time-limits")  # fmt: skip
+    dones, no = data["dones"], np.zeros_like(data["dones"])
+    ended = args.dones_are == "terminations"
+    data = read_npz(path, [name for name in names if name not in ("terminations", "truncations")], optional)
+    return where, data | {"terminations": dones if ended else no, "truncations": no if ended else dones}
+
+
+def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, num_actions: int) -> None:
+    """Episode lengths, actions, ends and environment as the format has them. Raises BadInput."""
+    lengths, actions = data["episode_lengths"], data["actions"]
+    check(lengths.ndim == 1 and lengths.dtype.kind in "iu" and (lengths > 0).all(),
+          f"{where}: episode_lengths must be positive integers")  # fmt: skip
+    check(len(lengths) > 0, f"{where}: it holds no episodes")
+    for name in ("actions", "terminations", "truncations", "rewards"):
+        if name in data:
+            check(data[name].shape[:1] == (lengths.sum(),), f"{where}: {name} of shape {data[name].shape}, expected "
+                  f"{lengths.sum()}, the sum of episode_lengths")  # fmt: skip
+    check(actions.dtype.kind in "iu" and actions.ndim == 1,
+          f"{where}: actions are {actions.dtype} of shape {actions.shape}, expected int64 of shape (T,)")  # fmt: skip
+    check((actions >= 0).all() and (actions < num_actions).all(),
+          f"{where}: actions from {actions.min()} to {actions.max()}, {args.env_id} has 0 to {num_actions - 1}")  # fmt: skip
+    for name in ("terminations", "truncations"):
+        if name in data:
+            check(data[name].ndim == 1 and data[name].dtype.kind in "biuf" and np.isin(data[name], (0, 1)).all(),
+                  f"{where}: {name} must be true or false")  # fmt: skip
+    recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else ""
+    check(env_name(recorded) == env_name(args.env_id), f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
+    if recorded != args.env_id:
+        print(f"warning: demonstrations of {recorded} are used for {args.env_id}", file=sys.stderr)
+    check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes")
+
+
+def choose_transitions(args: Args, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`--num-demos` episodes drawn by the seed, and every `--subsample-freq`-th transition of each from a random offset
+    (a short episode keeps at least one): the episodes `[E]`, and `[N]` the place in it and the time of each transition.
+    """
+    rng = np.random.default_rng(args.seed)
+    chosen = rng.permutation(len(lengths))[: args.num_demos or len(lengths)]
+    times = [np.arange(rng.integers(min(args.subsample_freq, length)), length, args.subsample_freq)
+             for length in lengths[chosen]]  # fmt: skip
+    return chosen, np.repeat(np.arange(len(chosen)), [len(t) for t in times]), np.concatenate(times)
+
+
+def simulate(where: str, args: Args, data: dict[str, np.ndarray], chosen: np.ndarray):
+    """Play recorded actions again, all the chosen episodes side by side, and verify that they end when and with the
+    return that was recorded.
+
+    Returns:
+        frames uint8 `[Σ(T+1), 84, 84]`, episodes one after another, and terminations bool `[ΣT]`.
+
+    Raises:
+        BadInput: the emulator does something else than when it was recorded.
+    """
+    lengths = data["episode_lengths"][chosen].astype(np.int64)
+    first = np.cumsum(data["episode_lengths"]) - data["episode_lengths"]
+    actions = np.zeros((lengths.max(), len(chosen)), np.int64)
+    for column, episode in enumerate(chosen):
+        actions[: lengths[column], column] = data["actions"][first[episode] : first[episode] + lengths[column]]
+    start = np.cumsum(lengths + 1) - (lengths + 1)
+    frames = np.empty(((lengths + 1).sum(), 84, 84), np.uint8)
+    terminations, returns = np.zeros(lengths.sum(), bool), np.zeros(len(chosen))
+    envs = make_envs(args, len(chosen))
+    obs, _ = envs.reset(seed=data["seeds"][chosen].astype(np.int64))
+    frames[start] = obs[:, -1]
+    for t in tqdm(range(lengths.max()), desc="replaying demonstrations", unit="decision", disable=None):
+        obs, reward, terminated, truncated, info = envs.step(actions[t])
+        running, ends = t < lengths, t + 1 == lengths
+        check(not (running & ((terminated | truncated) != ends)).any(), f"{where}: an episode did not end when recorded, so "
+              "this emulator is another one than that of the recording (ale-py 0.12.1 made the bundled files)")  # fmt: skip
+        returns += np.where(running, reward, 0)
+        frames[start[running] + t + 1] = obs[running, -1]
+        if ends.any():  # obs is the next episode's first there
+            frames[start[ends] + t + 1] = info["final_obs"][ends, -1]
+            terminations[np.cumsum(lengths)[ends] - 1] = terminated[ends]
+    envs.close()
+    recorded = data["returns"][chosen]
+    check((returns == recorded).all(), f"{where}: replayed returns are {returns.tolist()}, recorded {recorded.tolist()}, so "
+          "this emulator is another one than that of the recording (ale-py 0.12.1 made the bundled files)")  # fmt: skip
+    return frames, terminations
+
+
+def load_demonstrations(args: Args, num_actions: int, device) -> Demonstrations:
+    """The drawn trajectories' frames and transitions, checked and on the device.
+
+    Raises:
+        BadInput: whatever is wrong with the file, in the fields that are read.
+    """
+    frames_format = ["observations", "actions", "terminations", "truncations"]
+    names = ["episode_lengths", "env_id"]
+    where, data = read_demonstrations(args, names, [*frames_format, "seeds", "returns", "rewards"])
+    missing = [n for n in (frames_format if "observations" in data else ["seeds", "actions", "returns"]) if n not in data]
+    check(not missing, f"{where}: keys {missing} are missing, it has {sorted(data)}")
+    check_demonstrations(where, data, args, num_actions)
+    lengths = data["episode_lengths"].astype(np.int64)
+    chosen, place, t = choose_transitions(args, lengths)
+    first_action = np.cumsum(lengths) - lengths
+    if "observations" in data:
+        frames = data["observations"]
+        check(frames.dtype == np.uint8 and frames.shape == ((lengths + 1).sum(), 84, 84), f"{where}: observations are "
+              f"{frames.dtype} of shape {frames.shape}, expected uint8 of shape ({(lengths + 1).sum()}, 84, 84)")  # fmt: skip
+        first_frame = (first_action + np.arange(len(lengths)))[chosen]
+        terminations = data["terminations"][first_action[chosen][place] + t]
+        rewards = data.get("rewards", np.full(lengths.sum(), np.nan))
+        returns = np.add.reduceat(rewards, first_action)[chosen]
+    else:
+        for name, kind in (("seeds", "iu"), ("returns", "iuf")):
+            check(data[name].shape == lengths.shape and data[name].dtype.kind in kind,
+                  f"{where}: {name} must be one number for each of the {len(lengths)} episodes")  # fmt: skip
+        frames, terminations = simulate(where, args, data, chosen)
+        first_frame = np.cumsum(lengths[chosen] + 1) - (lengths[chosen] + 1)
+        terminations = terminations[(np.cumsum(lengths[chosen]) - lengths[chosen])[place] + t]
+        returns = data["returns"][chosen]
+
+    def tensor(x, dtype=torch.int64):
+        return torch.as_tensor(x, dtype=dtype, device=device)
+
+    initial_obs = np.zeros((len(chosen), 4, 84, 84), np.uint8)
+    initial_obs[:, -1] = frames[first_frame]
+    actions = data["actions"][first_action[chosen][place] + t].astype(np.int64)
+    print(f"loaded {len(chosen)} of {len(lengths)} episodes, {len(t)} of their {lengths[chosen].sum()} transitions, "
+          f"expert return {np.mean(returns):.1f} ± {np.std(returns):.1f}, device {device}", flush=True)  # fmt: skip
+    return Demonstrations(tensor(frames, torch.uint8)[None], tensor(first_frame[place] + t), tensor(t), tensor(actions),
+                          tensor(terminations.astype(np.float32), torch.float32), tensor(initial_obs, torch.uint8),
+                          float(np.mean(returns)))  # fmt: skip
+
+
+def stack_frames(frames: torch.Tensor, ring, position: torch.Tensor, age: torch.Tensor) -> torch.Tensor:
+    """Frames `position`−3 to `position`+1 of a ring, uint8 `[n, 5, 84, 84]`: the first four are s, the last four s'.
+
+    What lies before the episode's start, `age` decisions ago, is zero, as in the emulator's first observation.
+    """
+    offset = torch.arange(-3, 2, device=frames.device)
+    stacks = frames[ring, (position[:, None] + offset) % frames.shape[1]]
+    return stacks.masked_fill_((offset < -age[:, None])[..., None, None], 0)
+
+
+def draw(demos: Demonstrations, n: int) -> Batch:
+    """`n` transitions drawn with replacement, on their device."""
+    index = torch.randint(len(demos.action), (n,), device=demos.action.device)
+    stacks = stack_frames(demos.frames, 0, demos.position[index], demos.age[index])
+    return Batch(stacks[:, :4], demos.action[index], stacks[:, 1:], demos.terminated[index])
+
+
+class Replay:
+    """The agent's own play on the device, a ring of single frames for each environment: 7,069 bytes a transition.
+
+    The last frame of an episode is stored too, as the true next observation; it starts no transition (action −1).
+    """
+
+    def __init__(self, size: int, num_envs: int, device):
+        shape = (num_envs, size // num_envs)
+        self.frames = torch.zeros(*shape, 84, 84, dtype=torch.uint8, device=device)
+        self.action = torch.full(shape, -1, dtype=torch.int64, device=device)
+        self.terminated = torch.zeros(shape, device=device)
+        self.age = torch.zeros(shape, dtype=torch.uint8, device=device)  # up to 3: what stacking needs
+        self.written = torch.zeros(num_envs, dtype=torch.int64, device=device)  # frames, the overwritten included
+        self.rings = torch.arange(num_envs, device=device)
+
+    def start(self, rings: torch.Tensor, frame: torch.Tensor) -> None:
+        """Write the first frames `[n, 84, 84]` of episodes in those rings."""
+        slot = self.written[rings] % self.frames.shape[1]
+        self.frames[rings, slot], self.action[rings, slot], self.age[rings, slot] = frame, -1, 0
+        self.written[rings] += 1
+
+    def add(self, action: torch.Tensor, next_frame: torch.Tensor, terminated: torch.Tensor) -> None:
+        """Write one transition of each environment, `[num_envs]`, from the frame that was written last."""
+        slot = (self.written - 1) % self.frames.shape[1]
+        next_slot = self.written % self.frames.shape[1]
+        self.action[self.rings, slot], self.terminated[self.rings, slot] = action, terminated
+        self.frames[self.rings, next_slot], self.action[self.rings, next_slot] = next_frame, -1
+        self.age[self.rings, next_slot] = (self.age[self.rings, slot] + 1).clamp(max=3)
+        self.written += 1
+
+    def sample(self, n: int) -> Batch:
+        """`n` transitions drawn with replacement from those whose five frames are still there.
+
+        2n places are drawn and the first n that start a transition are taken: at least every other place does.
+        """
+        ring = torch.randint(len(self.rings), (2 * n,), device=self.frames.device)
+        written, capacity = self.written[ring], self.frames.shape[1]
+        places = torch.where(written <= capacity, written - 1, capacity - 4)  # once full, the oldest lack their past
+        back = 2 + (torch.rand(2 * n, device=ring.device) * places).long().clamp(max=places - 1)
+        position = (written - back) % capacity
+        order = (self.action[ring, position] < 0).to(torch.uint8).argsort(stable=True)[:n]
+        ring, position = ring[order], position[order]
+        stacks = stack_frames(self.frames, ring[:, None], position, self.age[ring, position].long())
+        return Batch(stacks[:, :4], self.action[ring, position], stacks[:, 1:], self.terminated[ring, position])
+
+    def state_dict(self) -> dict:
+        filled = min(int(self.written.max()), self.frames.shape[1])
+        return {"written": self.written} | {name: getattr(self, name)[:, :filled].clone()
+                                            for name in ("frames", "action", "terminated", "age")}  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        self.written.copy_(state["written"])
+        for name in ("frames", "action", "terminated", "age"):
+            getattr(self, name)[:, : state[name].shape[1]] = state[name]
+
+
+# --------------------------------------------------------------------------------------- IQ objective
+def soft_value(q: torch.Tensor, temperature: float) -> torch.Tensor:
+    """V(s) = τ·logsumexp_a(Q(s,a)/τ) `[B]` of Q(s,·) `[B, A]`; at τ = 0 the maximum (paper, §3 and Eq. 10)."""
+    if temperature == 0:
+        return q.max(dim=-1).values
+    return temperature * torch.logsumexp(q / temperature, dim=-1)
+
+
+def implied_reward(network: nn.Module, obs, action, next_obs, terminated, gamma: float, temperature: float):
+    """The reward that Q implies, r = Q(s,a) − γ(1−d)·V(s') (Eq. 11), `[B]` for transitions as in `Batch`."""
+    q = network(obs).gather(1, action[:, None]).squeeze(1)
+    return q - gamma * (1 - terminated) * soft_value(network(next_obs), temperature)
+
+
+def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Tensor, args: Args):
+    """The IQ-Learn loss, to be minimised: −E_expert[φ(r)] + value term (+ E[r²]/(4α)), Eq. 9 to 11 and §5.1 to 5.3.
+
+    Args:
+        batch: `[B]` rows, the first `n_expert` of them the expert's, the others the policy's.
+        initial_obs: `[M, 4, 84, 84]` states where episodes start, for `--value-loss v0`.
+
+    Returns:
+        The loss and its terms, scalar tensors.
+    """
+    obs, action, next_obs, terminated = batch
+    γ, τ = args.gamma, args.temperature
+    assert obs.shape == next_obs.shape and action.shape == terminated.shape == (len(obs),)
+    if target is None:  # one pass for s and s'; V(s') carries gradient, as the paper has it without a target network
+        q, next_q = network(torch.cat([obs, next_obs])).chunk(2)
+    else:
+        q = network(obs)
+        with torch.no_grad():
+            next_q = target(next_obs)
+    V = soft_value(q, τ)
+    next_V = (1 - terminated) * soft_value(next_q, τ)
+    # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to Eq. 9 where dynamics are random.
+    r = q.gather(1, action[:, None]).squeeze(1) - γ * next_V
+
+    terms = {"expert_term": -r[:n_expert].mean()}  # χ²: φ(r) = r − r²/(4α), its second part is the last term
+    if args.value_loss == "value":  # telescoped over the mixture of both occupancies, §5.1
+        terms["value_term"] = (V - γ * next_V).mean()
+    elif args.value_loss == "value_expert":  # telescoped over the expert's occupancy
+        terms["value_term"] = (V - γ * next_V)[:n_expert].mean()
+    elif args.value_loss == "v0":  # not telescoped: (1 − γ)·E_ρ0[V(s0)]
+        terms["value_term"] = (1 - γ) * soft_value(network(initial_obs), τ).mean()
+    else:  # v0_expert
+        terms["value_term"] = (1 - γ) * V[:n_expert].mean()
+    rows = r[:n_expert] if args.chi2_rows == "expert" else r
+    terms["chi2_term"] = (rows**2).mean() / (4 * args.chi2_alpha)
+    loss = sum(terms.values())
+    means = {"value": V.mean(), "reward_expert": r[:n_expert].mean()}
+    if len(r) > n_expert:
+        means["reward_policy"] = r[n_expert:].mean()
+    return loss, {"loss": loss, **terms, **means}
+
+
+def bc_loss(network, batch: Batch):
+    """Behavioural cloning, the baseline: cross-entropy of softmax(Q) at the expert's actions."""
+    q = network(batch.obs)
+    loss = F.cross_entropy(q, batch.action)
+    return loss, {"loss": loss, "accuracy": (q.argmax(1) == batch.action).float().mean()}
+
+
+def sample_action(network, obs: torch.Tensor, temperature: float) -> torch.Tensor:
+    """a ~ π(·|s) = softmax(Q(s,·)/τ), `[B]`; by the Gumbel maximum, which is exact at any τ and greedy at 0."""
+    q = network(obs)
+    return (q - temperature * torch.empty_like(q).exponential_().log()).argmax(1)
+
+
+# ------------------------------------------------------------------------------------------- Evaluate
+def evaluate(network, args: Args, device, stop: "StopSignal | None" = None, frames: list | None = None):
+    """Returns of `--eval-episodes` whole episodes of the greedy policy, on environments of its own.
+
+    One episode from each of as many environments, so that none is dropped for its length; `network` None plays
+    uniformly random actions. Frames of the first episode, grey and enlarged, are appended to `frames`.
+
+    Returns:
+        float64 `[episodes]` in the environment's own reward, or None when a signal stopped it.
+    """
+    n = args.eval_episodes
+    envs = make_envs(args, n)
+    seed = 100_000 + 1_000 * args.seed if network is not None else 0  # far from the training environments' seeds
+    obs, _ = envs.reset(seed=seed)
+    envs.action_space.seed(seed)
+    returns, running = np.zeros(n), np.ones(n, bool)
+    while running.any() and not (stop and stop.signum):
+        if frames is not None and running[0]:
+            frames.append(obs[0, -1, ..., None].repeat(3, 2).repeat(4, 0).repeat(4, 1))
+        if network is None:
+            action = envs.action_space.sample()
+        else:
+            with torch.no_grad():
+                action = network(torch.as_tensor(obs, device=device)).argmax(1).cpu().numpy()
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        returns += np.where(running, reward, 0)
+        running &= ~(terminated | truncated)
+    envs.close()
+    return None if running.any() else returns
+
+
+def random_return(args: Args) -> float:
+    """Mean return of random actions: from the table, else 20 episodes played now."""
+    name = env_name(args.env_id)
+    return RANDOM_RETURN[name] if name in RANDOM_RETURN else float(evaluate(None, replace(args, eval_episodes=20), "cpu").mean())
+
+
+def write_video(frames: list, fps: int, path: Path) -> None:
+    """Write RGB frames `[H, W, 3]` uint8 as an mp4 file."""
+    from moviepy import ImageSequenceClip
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ImageSequenceClip(list(frames), fps=fps).write_videofile(str(path), logger=None)
+
+
+def final_line(returns, expert: float, random: float, steps: int, updates: int, seconds: float, run_dir) -> str:
+    """The last line on stdout; `normalized` is 0 for a random policy and 1 for the demonstrations' mean return."""
+    mean, std, n = (returns.mean(), returns.std(), len(returns)) if returns is not None else (np.nan, np.nan, 0)
+    normalized = (mean - random) / (expert - random) if expert != random else np.nan
+    return (f"final eval_return={mean:.4f} std={std:.4f} episodes={n} expert={expert:.4f} random={random:.4f} "
+            f"normalized={normalized:.4f} steps={steps} updates={updates} seconds={seconds:.1f} run_dir={run_dir}")  # fmt: skip
+
+
+def load_model(path: str, device="cpu") -> tuple[QNetwork, dict]:
+    """The network of a model.pt, ready to act, and what was saved with it (γ, temperature, environment, ...).
+
+    Raises:
+        BadInput: no such file, or not a model of this script.
+    """
+    check(Path(path).is_file(), f"{path}: no such file")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py, which plays it")
+        network = QNetwork(**saved["sizes"]).to(device)
+        network.load_state_dict(saved["network"])
+    except (KeyError, TypeError, RuntimeError, OSError, EOFError, ValueError, zipfile.BadZipFile,
+            pickle.UnpicklingError) as error:
+        raise BadInput(f"{path}: not a model of {SCRIPT}.py ({type(error).__name__})") from None
+    return network, saved
+
+
+# ---------------------------------------------------------------------------------------------- Train
+class StopSignal:
+    """Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two updates; a second one
+    acts at once."""
+
+    def __enter__(self):
+        self.signum = 0
+        self.previous = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
+
+    def receive(self, signum, _frame):
+        self.signum = signum
+        self.__exit__()
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    """torch.save that leaves the old file or the new one, whenever the process is killed."""
+    torch.save(content, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+class Metrics:
+    """metrics.csv, rewritten whole at each row, and Weights & Biases with `--track`."""
+
+    def __init__(self, run_dir: Path, args: Args, step: int, updates: int, seconds: float):
+        self.path, self.rows, self.wandb = run_dir / "metrics.csv", [], None
+        self.first_step, self.first_updates, self.first_time = step, updates, time.time()
+        self.start = self.first_time - seconds
+        if args.resume and self.path.exists():  # rows after the checkpoint are dropped, to be written anew
+            with open(self.path) as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["updates"]) <= updates]
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
+                                    name=run_dir.name, dir=run_dir)  # fmt: skip
+
+    def log(self, step: int, updates: int, returns: np.ndarray | None, terms: dict[str, torch.Tensor]) -> None:
+        mean, std = (returns.mean(), returns.std()) if returns is not None else (np.nan, np.nan)
+        now = time.time()
+        count, first = (step, self.first_step) if step else (updates, self.first_updates)  # before play: updates
+        row = {"step": step, "updates": updates, "eval_return_mean": round(float(mean), 4),
+               "eval_return_std": round(float(std), 4),
+               "steps_per_second": round((count - first) / (now - self.first_time), 1),
+               "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in terms.items()}  # fmt: skip
+        self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
+        names = dict.fromkeys(name for r in self.rows for name in r)
+        with open(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, names, restval="nan")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if self.wandb:
+            self.wandb.log(row, step=updates)
+
+    def close(self, video: Path | None) -> None:
+        if self.wandb:
+            if video:  # gymnasium no longer uploads videos by itself
+                import wandb
+
+                self.wandb.log({"video": wandb.Video(str(video))})
+            self.wandb.finish()
+
+
+def make_update(network, target, average, optimizer, n_expert: int, args: Args):
+    """One gradient step as a function of tensors alone: the compile boundary."""
+    pairs = [(rate, list(of.parameters()), list(network.parameters()))
+             for of, rate in ((target, args.target_rate), (average, args.average_rate)) if of is not None]  # fmt: skip
+
+    def update(batch: Batch, initial_obs: torch.Tensor) -> dict[str, torch.Tensor]:
+        if args.objective == "bc":
+            loss, terms = bc_loss(network, batch)
+        else:
+            loss, terms = iq_loss(network, target, batch, n_expert, initial_obs, args)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for rate, of, parameters in pairs:
+                torch._foreach_lerp_(of, parameters, rate)
+        return {name: term.detach() for name, term in terms.items()}
+
+    return torch.compile(update) if args.compile else update
+
+
+def train(args: Args) -> Path:
+    """Train from demonstrations and the agent's own play; returns the run directory.
+
+    Raises:
+        BadInput: before anything is written.
+        SystemExit: 1 when training became non-finite, 130 or 143 when a signal stopped it.
+    """
+    validate(args)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    envs = make_envs(args, args.num_envs)
+    num_actions = int(envs.single_action_space.n)
+    demos = load_demonstrations(args, num_actions, device)
+    network = QNetwork(num_actions).to(device)
+    network.autocast = args.bfloat16 and has_bfloat16(device)
+    print(f"network in {'bfloat16' if network.autocast else 'float32'}", flush=True)
+    target = deepcopy(network) if args.target_rate else None
+    average = deepcopy(network) if args.average_rate else None
+    policy = average or network  # what is evaluated and saved
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, fused=True)
+    pretrain, total = args.pretrain_updates, args.total_timesteps
+    if args.objective == "bc":  # it reads the demonstrations alone: the same updates, and no play
+        pretrain, total = pretrain + int(total * args.updates_per_step), 0
+    both = args.value_loss == "value" or args.chi2_rows == "both"
+    n = args.batch_size
+    replay = Replay(args.buffer_size, args.num_envs, device) if total else None
+    update = make_update(network, target, average, optimizer, n, args)
+
+    state = {"network": network, "target": target, "average": average, "optimizer": optimizer, "replay": replay}  # fmt: skip
+    state = {name: part for name, part in state.items() if part is not None}
+    name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.out_dir) / name
+    step, updates, seconds = 0, 0, 0.0
+    if args.resume:
+        stored = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
+        for name, part in state.items():
+            part.load_state_dict(stored[name])
+        torch.set_rng_state(stored["rng"].cpu())
+        step, updates, seconds = stored["step"], stored["updates"], stored["seconds"]
+    else:
+        check(not run_dir.exists(), f"--run-name: {run_dir} exists already; take another name, or --resume {run_dir}")
+        run_dir.mkdir(parents=True)
+        shutil.copy(__file__, run_dir)
+    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+    metrics = Metrics(run_dir, args, step, updates, seconds)
+    random = random_return(args) if args.eval_every else np.nan
+    every = args.eval_every or max(1, (pretrain + total) // 20)  # steps between rows of metrics.csv
+    terms, returns, frames = {}, None, [] if args.capture_video else None
+
+    def report(frames=None):
+        """Evaluate and write a row; nothing when a signal comes meanwhile. Exits where the loss is not finite."""
+        nonlocal returns
+        if not all(np.isfinite(float(term)) for term in terms.values()):
+            print(f"{SCRIPT}.py: the loss is not finite after {updates} updates; a smaller --learning-rate or a larger "
+                  f"--temperature helps; the last checkpoint in {run_dir} is kept", file=sys.stderr)  # fmt: skip
+            raise SystemExit(1)
+        returns = evaluate(policy, args, device, stop, frames) if args.eval_every else None
+        if not stop.signum:
+            metrics.log(step, updates, returns, terms)
+            bar.set_postfix(eval_return="none" if returns is None else f"{returns.mean():.1f}")
+
+    def save():
+        save_atomically({name: part.state_dict() for name, part in state.items()} |
+                        {"rng": torch.get_rng_state(), "step": step, "updates": updates,
+                         "seconds": time.time() - metrics.start}, run_dir / "checkpoint.pt")  # fmt: skip
+
+    initial_obs = demos.initial_obs
+    obs = torch.as_tensor(envs.reset(seed=args.seed + step)[0], device=device)
+    if total:
+        replay.start(replay.rings, obs[:, -1])
+    bar = tqdm(total=pretrain + total, initial=min(updates, pretrain) + step, desc=f"{args.objective} {args.env_id}",
+               unit="step", disable=None)  # fmt: skip
+    with StopSignal() as stop, bar:
+        while not stop.signum and (updates < pretrain or step < total):
+            playing = updates >= pretrain
+            if playing:  # one step in each environment
+                with torch.no_grad():
+                    action = sample_action(network, obs, args.temperature)
+                next_obs, _, terminated, truncated, info = envs.step(action.cpu().numpy())
+                true_next, done = next_obs[:, -1], np.flatnonzero(terminated | truncated)
+                if len(done):  # next_obs is the next episode's first observation there
+                    true_next = true_next.copy()
+                    true_next[done] = info["final_obs"][done, -1]
+                replay.add(action, torch.as_tensor(true_next, device=device),
+                           torch.as_tensor(terminated, dtype=torch.float32, device=device))  # fmt: skip
+                obs = torch.as_tensor(next_obs, device=device)
+                if len(done):
+                    done = torch.as_tensor(done, device=device)
+                    replay.start(done, obs[done, -1])
+                    initial_obs = torch.cat([initial_obs, obs[done]])[-256:]
+                step += args.num_envs
+
+            updates_due = pretrain + int(step * args.updates_per_step) if playing else updates + 1
+            while updates < updates_due:
+                batch = draw(demos, n)
+                if playing and both:  # expert rows first
+                    batch = Batch(*(torch.cat(rows) for rows in zip(batch, replay.sample(n))))
+                terms = update(batch, initial_obs)
+                updates += 1
+
+            clock, tick = (step, args.num_envs) if playing else (updates, 1)
+            bar.update(tick)
+            if clock % every < tick and (updates < pretrain or step < total):
+                report()
+            if args.checkpoint_every and clock % args.checkpoint_every < tick:
+                save()
+        if not stop.signum:
+            report(frames)
+        save()
+    if args.save_model:
+        save_atomically({"script": SCRIPT, "env_id": args.env_id, "network": policy.state_dict(), "sizes": policy.sizes,
+                         "temperature": args.temperature, "gamma": args.gamma, "args": asdict(args),
+                         "expert_return": demos.expert_return, "random_return": random}, run_dir / "model.pt")  # fmt: skip
+    if frames:
+        write_video(frames, 15, run_dir / "videos" / f"step_{step}.mp4")
+    metrics.close(run_dir / "videos" / f"step_{step}.mp4" if frames else None)
+    envs.close()
+    if stop.signum:
+        print(f"stopped at step {step}; to continue: python {SCRIPT}.py --resume {run_dir}", flush=True)
+        raise SystemExit(128 + stop.signum)
+    seconds = time.time() - metrics.start
+    print(final_line(returns, demos.expert_return, random, step, updates, seconds, run_dir), flush=True)
+    return run_dir
+
+
+def play(args: Args) -> None:
+    """Evaluate a saved model in the environment that it was trained in, and print the final line."""
+    _, saved = load_model(args.evaluate)
+    args = replace(args, env_id=saved["env_id"])
+    validate(args)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    network, _ = load_model(args.evaluate, device)
+    start, frames, run_dir = time.time(), [] if args.capture_video else None, Path(args.evaluate).resolve().parent
+    returns = evaluate(network, args, device, None, frames)
+    if frames:
+        write_video(frames, 15, run_dir / "videos" / "evaluate.mp4")
+    print(final_line(returns, saved["expert_return"], saved["random_return"], 0, 0, time.time() - start, run_dir))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        args = parse_args(argv)
+        play(args) if args.evaluate else train(args)
+    except BadInput as error:
+        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

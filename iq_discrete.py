@@ -1,0 +1,961 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "gymnasium[classic-control,box2d]==1.4.0", "numpy==2.4.6", "tyro==1.0.17",
+#   "tqdm==4.70.1", "wandb==0.31.0", "moviepy==2.2.1",
+# ]
+# ///
+"""Inverse soft-Q Learning (IQ-Learn, arXiv:2106.12142): imitation online, with discrete actions.
+
+One network Q(s, a) is the policy, softmax(Q/τ), and the reward, r = Q(s,a) − γ V(s'). It minimises
+
+    L = −E_expert[φ(r)] + E_expert and policy[V(s) − γ V(s')] (+ E[r²]/(4α) for χ²)
+
+over demonstrations and the agent's own play. The environment's reward is never read in training.
+
+    python iq_discrete.py --env-id CartPole-v1 --num-demos 1 --subsample-freq 20
+
+@RESULT@
+
+Departures from the paper are marked DEVIATION where they act. This is the first of the five scripts:
+`diff iq_discrete.py iq_atari.py` shows what pixels need.
+"""
+import csv
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import time
+import zipfile
+import zlib
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.vector import AutoresetMode
+from tqdm import tqdm
+
+SCRIPT = "iq_discrete"
+# Mean return of uniformly random actions, 100 episodes, seeds 0 to 99; measured when an environment is missing.
+RANDOM_RETURN = {"CartPole": 22.0}
+# Settings that differ per environment, by its name without the version; a flag that is given always wins.
+SETTINGS: dict[str, dict] = {}
+
+
+# ----------------------------------------------------------------------------------------------- Args
+@dataclass
+class Args:
+    # The task
+    env_id: str = "CartPole-v1"  # a gymnasium environment with discrete actions, or GridWorld-v0
+    seed: int = 1  # of everything: demonstrations drawn, networks, environments
+    pretrain_updates: int = 0  # updates on demonstrations alone, before any play
+    total_timesteps: int = 20_000  # environment steps, summed over the environments
+    num_envs: int = 1  # environments stepped side by side
+    # GridWorld-v0 only
+    grid_size: int = 8  # cells along a side
+    random_walls: bool = False  # new walls each episode
+    random_start: bool = False  # a new start each episode (off: top left)
+    random_goal: bool = False  # a new goal each episode (off: bottom right)
+    stay_action: bool = False  # a fifth action that stays
+    # Demonstrations
+    demos: str | None = None  # an .npz file or a Minari dataset id (default: the bundled file)
+    num_demos: int = 10  # trajectories, drawn by the seed; 0 for all
+    subsample_freq: int = 1  # keep every k-th transition of a trajectory, from a random offset
+    dones_are: Literal["terminations", "time-limits"] | None = None  # what `dones` in a file means
+    # The objective (the letters of the equations in brackets)
+    objective: Literal["iq", "bc"] = "iq"  # IQ-Learn, or behavioural cloning with the same network
+    gamma: float = 0.99  # discount [γ]
+    temperature: float = 0.01  # entropy temperature of value and policy [τ]; 0 for the hard maximum
+    divergence: Literal["chi2", "tv", "kl", "forward_kl", "hellinger", "js", "w1"] = "chi2"  # distance [φ]
+    chi2_alpha: float | None = None  # χ² strength [α] (default: 0.5 with chi2, else no χ² term)
+    chi2_rows: Literal["expert", "both"] = "both"  # rows whose r² is penalised
+    value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "value"  # form of the second term
+    gradient_penalty: float = 10.0  # weight of the gradient penalty [λ], with w1 alone
+    q_bound: float | None = None  # |Q| bounded by a tanh; 0 for none (default: 10 with tv, else none)
+    target_rate: float = 0.0  # Polyak rate of a target network for V(s'); 0: none, V(s') has gradient
+    average_rate: float = 0.0  # rate of the moving average that is evaluated and saved; 0: the network
+    # The network
+    network: Literal["mlp", "cnn"] = "mlp"  # the CNN is for GridWorld
+    hidden_size: int = 64  # units (cnn: channels) of a layer
+    standardize_obs: bool = False  # standardise observations by the demonstrations
+    obs_noise: float = 0.0  # standard deviation of Gaussian noise on training observations
+    # Optimisation
+    learning_rate: float = 1e-3  # of Adam
+    batch_size: int = 32  # expert rows, and as many policy rows
+    buffer_size: int = 100_000  # transitions of the agent's own that are kept
+    updates_per_step: float = 1.0  # gradient updates per environment step (bc: that many, and no step)
+    # The run
+    eval_every: int = 2_000  # steps (before play: updates) between evaluations; 0: none at all
+    eval_episodes: int = 20  # episodes of an evaluation
+    out_dir: str = "runs"  # where run directories go
+    run_name: str | None = None  # the run's directory (default: environment, script, seed, time)
+    track: bool = False  # log to Weights & Biases
+    wandb_project_name: str = "iq-learn"  # its project
+    wandb_entity: str | None = None  # its team
+    capture_video: bool = False  # record the last evaluation's first episode
+    save_model: bool = True  # write model.pt
+    checkpoint_every: int = 10_000  # steps or updates between checkpoints; 0: only at the end or when stopped
+    resume: str | None = None  # a run directory to continue
+    evaluate: str | None = None  # a model.pt to play instead of training
+    cuda: bool = True  # use a GPU if there is one
+    compile: bool = False  # torch.compile the update
+
+
+MAY_CHANGE_ON_RESUME = {"total_timesteps", "eval_every", "eval_episodes", "track", "wandb_project_name",
+                        "wandb_entity", "capture_video", "save_model", "checkpoint_every", "resume"}  # fmt: skip
+
+
+class BadInput(Exception):
+    """A mistake that the user can mend, told in one sentence; exit status 2."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise `BadInput(message)` unless `condition` holds."""
+    if not condition:
+        raise BadInput(message)
+
+
+def env_name(env_id: str) -> str:
+    """The name without its version and namespace: `Hopper-v5` gives `Hopper`."""
+    return re.sub(r"-v\d+$", "", env_id).split("/")[-1]
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Flags over the environment's settings over the defaults; with `--resume`, over the stopped run's own.
+
+    Raises:
+        BadInput: `--resume` with no run there, of another script, or with a setting that must not change.
+    """
+    args = tyro.cli(Args, args=argv)
+    if not args.resume:
+        return tyro.cli(Args, args=argv, default=replace(Args(), **SETTINGS.get(env_name(args.env_id), {})))
+    run_dir = Path(args.resume)
+    check((run_dir / "checkpoint.pt").is_file(), f"--resume {run_dir}: no checkpoint.pt found there")
+    stored = json.loads((run_dir / "args.json").read_text())
+    check(stored.pop("script") == SCRIPT, f"--resume {run_dir}: that run is not one of {SCRIPT}.py")
+    stored = replace(Args(**stored), out_dir=str(run_dir.resolve().parent), run_name=run_dir.resolve().name)
+    args = tyro.cli(Args, args=argv, default=stored)
+    for name, value in asdict(args).items():
+        old = getattr(stored, name)
+        check(value == old or name in MAY_CHANGE_ON_RESUME,
+              f"--{name.replace('_', '-')} {value}: the run in {run_dir} has {old}, and a resumed run keeps it")  # fmt: skip
+    return args
+
+
+def validate(args: Args) -> None:
+    """Check the numbers among the flags. Raises BadInput."""
+    rules = {
+        "at least 1": (lambda x: x >= 1, ["num_envs", "subsample_freq", "batch_size", "buffer_size",
+                                          "eval_episodes", "hidden_size"]),
+        "at least 0": (lambda x: x >= 0, ["pretrain_updates", "total_timesteps", "num_demos", "temperature", "gradient_penalty", "obs_noise", "eval_every",
+                                          "checkpoint_every", "seed"]),
+        "above 0": (lambda x: x > 0, ["learning_rate", "updates_per_step"]),
+        "at least 0 and below 1": (lambda x: 0 <= x < 1, ["gamma"]),
+        "from 0 to 1": (lambda x: 0 <= x <= 1, ["target_rate", "average_rate"]),
+        "at least 3": (lambda x: x >= 3, ["grid_size"]),
+    }  # fmt: skip
+    for rule, (holds, names) in rules.items():
+        for name in names:
+            value = getattr(args, name)
+            check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
+    check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected at least --num-envs {args.num_envs}")
+    check(args.chi2_alpha is None or args.chi2_alpha > 0, f"--chi2-alpha {args.chi2_alpha}: expected above 0")
+
+
+# ---------------------------------------------------------------------------------------- Environment
+class GridWorld(gym.Env):
+    """A grid with walls on 20 % of its cells: walk from the start to the goal (SPEC: GridWorld-v0).
+
+    Observation: float32 `[3, size, size]`, planes of walls, agent and goal. Actions: up, down, left, right and,
+    with `stay_action`, stay. Reward 1 at the goal, which terminates; truncated after `4·size` steps.
+    """
+
+    metadata = {"render_modes": ["rgb_array", "ansi"], "render_fps": 8}
+    MOVES = np.array([(-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)])
+
+    def __init__(self, size: int = 8, random_walls: bool = False, random_start: bool = False,
+                 random_goal: bool = False, stay_action: bool = False, render_mode: str | None = None):  # fmt: skip
+        self.size, self.render_mode = size, render_mode
+        self.random_walls, self.random_start, self.random_goal = random_walls, random_start, random_goal
+        self.observation_space = gym.spaces.Box(0.0, 1.0, (3, size, size), np.float32)
+        self.action_space = gym.spaces.Discrete(5 if stay_action else 4)
+        if not random_walls:  # the one layout of this size, whatever the seed
+            self.walls = self._draw_walls(np.random.default_rng(0))
+
+    def _draw_walls(self, rng: np.random.Generator) -> np.ndarray:
+        """Walls bool `[size, size]` with both corners free and connected."""
+        while True:
+            walls = np.zeros(self.size**2, bool)
+            walls[1 + rng.choice(self.size**2 - 2, round(0.2 * self.size**2), replace=False)] = True
+            walls = walls.reshape(self.size, self.size)
+            if self.distances(walls, (self.size - 1, self.size - 1))[0, 0] >= 0:
+                return walls
+
+    @staticmethod
+    def distances(walls: np.ndarray, goal: tuple[int, int]) -> np.ndarray:
+        """Steps from every cell to `goal`, int `[size, size]`; −1 where it cannot be reached."""
+        distance = np.full(walls.shape, -1)
+        distance[goal], frontier = 0, [goal]
+        for row, column in frontier:
+            for r, c in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)):
+                if 0 <= r < len(walls) and 0 <= c < len(walls) and not walls[r, c] and distance[r, c] < 0:
+                    distance[r, c] = distance[row, column] + 1
+                    frontier.append((r, c))
+        return distance
+
+    def _observation(self) -> np.ndarray:
+        planes = np.zeros(self.observation_space.shape, np.float32)
+        planes[0] = self.walls
+        planes[1][self.agent] = planes[2][self.goal] = 1
+        return planes
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        if self.random_walls:
+            self.walls = self._draw_walls(self.np_random)
+        self.agent, self.goal, self.steps = (0, 0), (self.size - 1, self.size - 1), 0
+        if self.random_goal:  # any cell that the top left corner is connected to
+            cells = np.argwhere(self.distances(self.walls, (0, 0)) > 0)
+            self.goal = tuple(map(int, self.np_random.choice(cells)))
+        if self.random_start:
+            cells = np.argwhere(self.distances(self.walls, self.goal) > 0)
+            self.agent = tuple(map(int, self.np_random.choice(cells)))
+        return self._observation(), {}
+
+    def step(self, action: int):
+        row, column = map(int, self.agent + self.MOVES[action])
+        if 0 <= row < self.size and 0 <= column < self.size and not self.walls[row, column]:
+            self.agent = (row, column)
+        self.steps += 1
+        terminated = self.agent == self.goal
+        truncated = not terminated and self.steps >= 4 * self.size
+        return self._observation(), float(terminated), terminated, truncated, {}
+
+    def render(self):
+        if self.render_mode == "ansi":
+            grid = np.where(self.walls, "#", ".")
+            grid[self.goal], grid[self.agent] = "G", "A"
+            return "\n".join("".join(row) for row in grid) + "\n"
+        image = np.where(self.walls[..., None], (60, 60, 60), (235, 235, 235)).astype(np.uint8)
+        image[self.goal], image[self.agent] = (40, 160, 70), (40, 90, 200)
+        return image.repeat(32, 0).repeat(32, 1)
+
+
+gym.register("GridWorld-v0", entry_point=GridWorld)
+
+
+def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
+    """Environments stepped together. SAME_STEP: the default autoreset would store a fake transition from an
+    episode's end to the next one's start; here the true last observation is `info["final_obs"]`.
+
+    Raises:
+        BadInput: an unknown environment, or one whose spaces this script does not handle.
+    """
+    grid = dict(size=args.grid_size, random_walls=args.random_walls, random_start=args.random_start,
+                random_goal=args.random_goal, stay_action=args.stay_action)  # fmt: skip
+    try:
+        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", render_mode=render_mode,
+                            vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
+                            **(grid if env_name(args.env_id) == "GridWorld" else {}))  # fmt: skip
+    except (gym.error.Error, ImportError, ValueError) as error:
+        raise BadInput(f"--env-id {args.env_id}: gymnasium cannot make it: {' '.join(str(error).split())}") from None
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    check(not isinstance(action_space, gym.spaces.Box),
+          f"--env-id {args.env_id}: its actions are continuous, which iq_continuous.py is for")  # fmt: skip
+    check(isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0,
+          f"--env-id {args.env_id}: its action space is {action_space}, expected Discrete(n)")  # fmt: skip
+    check(isinstance(obs_space, gym.spaces.Box),
+          f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box")  # fmt: skip
+    return envs
+
+
+# ------------------------------------------------------------------------------------------- Networks
+class QNetwork(nn.Module):
+    """Q(s, ·): observations `[B, *obs_shape]` to `[B, num_actions]`.
+
+    It holds the observation statistics, so that a saved network takes raw observations. With `q_bound` the output
+    is `q_bound·tanh(x/q_bound)`.
+    """
+
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, network: str = "mlp", hidden_size: int = 64,
+                 q_bound: float = 0.0):  # fmt: skip
+        super().__init__()
+        self.sizes = dict(obs_shape=tuple(obs_shape), num_actions=num_actions, network=network,
+                          hidden_size=hidden_size, q_bound=q_bound)  # fmt: skip
+        self.q_bound = q_bound
+        self.register_buffer("obs_mean", torch.zeros(obs_shape))
+        self.register_buffer("obs_std", torch.ones(obs_shape))
+        if network == "mlp":
+            self.layers = nn.Sequential(
+                nn.Flatten(),
+                nn.Linear(int(np.prod(obs_shape)), hidden_size), nn.ReLU(),
+                nn.Linear(hidden_size, hidden_size), nn.ReLU(),
+                nn.Linear(hidden_size, num_actions),
+            )  # fmt: skip
+        else:
+            self.layers = GridCNN(obs_shape, num_actions, hidden_size)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        q = self.layers(((obs - self.obs_mean) / self.obs_std).clamp(-10, 10))
+        return self.q_bound * torch.tanh(q / self.q_bound) if self.q_bound else q
+
+
+class GridCNN(nn.Module):
+    """A fully convolutional network over the grid, read out at the agent's cell: planning is the same computation
+    wherever the agent stands, so what is learned on some walls carries to others."""
+
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, channels: int):
+        super().__init__()
+        self.first = nn.Conv2d(obs_shape[0], channels, 3, padding=1)
+        self.repeated = nn.Conv2d(channels, channels, 3, padding=1)
+        self.head = nn.Linear(channels, num_actions)
+        self.depth = 2 * obs_shape[-1]  # information travels one cell a layer
+
+    def forward(self, planes: torch.Tensor) -> torch.Tensor:
+        first = self.first(planes)
+        x = F.relu(first)
+        for _ in range(self.depth):
+            x = F.relu(first + self.repeated(x))
+        return self.head((x * planes[:, 1:2]).sum((2, 3)))
+
+
+# --------------------------------------------------------------------------- Demonstrations and replay
+class Batch(NamedTuple):
+    """Transitions; the environment's reward is not among them."""
+
+    obs: torch.Tensor  # [B, *obs_shape] float32
+    action: torch.Tensor  # [B] int64
+    next_obs: torch.Tensor  # [B, *obs_shape] float32, at an episode's end the true last observation
+    terminated: torch.Tensor  # [B] float32, 1 where the episode ended by itself, not by a time limit
+
+
+class Demonstrations(NamedTuple):
+    """The expert's transitions on the device, and what is reported of them."""
+
+    transitions: Batch
+    initial_obs: torch.Tensor  # [episodes, *obs_shape], each trajectory's first state, kept before subsampling
+    expert_return: float  # mean return of the trajectories used; NaN without rewards in the file
+
+
+def read_npz(path: str, names: list[str], optional: list[str]) -> dict[str, np.ndarray]:
+    """The named arrays of an .npz file; nothing else is read and nothing is ever unpickled.
+
+    Raises:
+        BadInput: no such file, not an .npz, cut off, pickled content, or a name missing.
+    """
+    check(Path(path).is_file(), f"--demos {path}: no such file")
+    check(zipfile.is_zipfile(path), f"--demos {path}: not an .npz file, or one that is cut off")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in names if name not in file.files]
+            check(not missing, f"--demos {path}: keys {missing} are missing, it has {file.files}")
+            return {name: file[name] for name in names + optional if name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadInput(f"--demos {path}: cannot be read as plain arrays: {' '.join(str(error).split())}") from None
+
+
+def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
+    """A Minari dataset as the arrays of the .npz format.
+
+    Raises:
+        BadInput: `minari` is not installed, or no such dataset.
+    """
+    try:
+        import minari
+    except ImportError:
+        raise BadInput(f"--demos {dataset_id}: a Minari dataset needs `pip install minari[hdf5]`") from None
+    try:
+        dataset = minari.load_dataset(dataset_id, download=True)
+    except Exception as error:  # minari raises many kinds: no such dataset, no network, a broken file
+        raise BadInput(f"--demos {dataset_id}: Minari cannot load it: {' '.join(str(error).split())}") from None
+    episodes = list(tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc="reading", disable=None))
+    check(all(isinstance(e.observations, np.ndarray) for e in episodes),
+          f"--demos {dataset_id}: its observations are not plain arrays")  # fmt: skip
+    arrays = {name: np.concatenate([getattr(e, name) for e in episodes])
+              for name in ("observations", "actions", "terminations", "truncations", "rewards")}  # fmt: skip
+    env_spec = dataset.env_spec
+    return arrays | {"episode_lengths": np.array([len(e.actions) for e in episodes]),
+                     "env_id": np.array(env_spec.id if env_spec else "unknown")}  # fmt: skip
+
+
+def demonstrations_path(args: Args) -> str:
+    """`--demos`, or the bundled file beside this script. Raises BadInput if there is neither."""
+    if args.demos is not None:
+        return args.demos
+    switches = [name for name in ("random_walls", "random_start", "random_goal", "stay_action") if getattr(args, name)]
+    grid = env_name(args.env_id) == "GridWorld"
+    name = args.env_id.replace("/", "-") + "".join(f"-{s.replace('_', '-')}" for s in switches if grid)
+    path = Path(__file__).resolve().parent / "demos" / f"{name}.npz"
+    check(path.is_file(), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
+          "observations, actions, terminations, truncations, episode_lengths and env_id, or a Minari dataset id")  # fmt: skip
+    return str(path)
+
+
+def read_demonstrations(args: Args, names: list[str], optional: list[str]) -> tuple[str, dict[str, np.ndarray]]:
+    """Where they came from, for messages, and the named arrays. Raises BadInput (also for `dones` unexplained)."""
+    path = demonstrations_path(args)
+    where = f"--demos {path}"
+    print(f"loading demonstrations from {path}", flush=True)
+    if not path.endswith(".npz") and not Path(path).exists() and re.search(r"-v\d+$", path):
+        return where, read_minari(path)
+    data = read_npz(path, [], ["dones"])
+    if not data:
+        return where, read_npz(path, names, optional)
+    check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, where "
+          "V(s') is 0, from one that a time limit cut: give --dones-are terminations or --dones-are time-limits")  # fmt: skip
+    dones, no = data["dones"], np.zeros_like(data["dones"])
+    ended = args.dones_are == "terminations"
+    data = read_npz(path, [name for name in names if name not in ("terminations", "truncations")], optional)
+    return where, data | {"terminations": dones if ended else no, "truncations": no if ended else dones}
+
+
+def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, num_actions: int) -> None:
+    """Episode lengths, actions, ends and environment as the format has them. Raises BadInput."""
+    lengths, actions = data["episode_lengths"], data["actions"]
+    check(lengths.ndim == 1 and lengths.dtype.kind in "iu" and (lengths > 0).all(),
+          f"{where}: episode_lengths must be positive integers")  # fmt: skip
+    check(len(lengths) > 0, f"{where}: it holds no episodes")
+    for name in ("actions", "terminations", "truncations", "rewards"):
+        if name in data:
+            check(data[name].shape[:1] == (lengths.sum(),), f"{where}: {name} of shape {data[name].shape}, expected "
+                  f"{lengths.sum()}, the sum of episode_lengths")  # fmt: skip
+    check(actions.dtype.kind in "iu" and actions.ndim == 1,
+          f"{where}: actions are {actions.dtype} of shape {actions.shape}, expected int64 of shape (T,)")  # fmt: skip
+    check((actions >= 0).all() and (actions < num_actions).all(),
+          f"{where}: actions from {actions.min()} to {actions.max()}, {args.env_id} has 0 to {num_actions - 1}")  # fmt: skip
+    for name in ("terminations", "truncations"):
+        if name in data:
+            check(data[name].ndim == 1 and data[name].dtype.kind in "biuf" and np.isin(data[name], (0, 1)).all(),
+                  f"{where}: {name} must be true or false")  # fmt: skip
+    recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else ""
+    check(env_name(recorded) == env_name(args.env_id), f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
+    if recorded != args.env_id:
+        print(f"warning: demonstrations of {recorded} are used for {args.env_id}", file=sys.stderr)
+    check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes")
+
+
+def choose_transitions(args: Args, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`--num-demos` episodes drawn by the seed, and every `--subsample-freq`-th transition of each from a random offset
+    (a short episode keeps at least one): the episodes `[E]`, and `[N]` the place in it and the time of each transition.
+    """
+    rng = np.random.default_rng(args.seed)
+    chosen = rng.permutation(len(lengths))[: args.num_demos or len(lengths)]
+    times = [np.arange(rng.integers(min(args.subsample_freq, length)), length, args.subsample_freq)
+             for length in lengths[chosen]]  # fmt: skip
+    return chosen, np.repeat(np.arange(len(chosen)), [len(t) for t in times]), np.concatenate(times)
+
+
+def load_demonstrations(args: Args, obs_shape: tuple[int, ...], num_actions: int, device) -> Demonstrations:
+    """The drawn trajectories' transitions, checked and on the device.
+
+    Raises:
+        BadInput: whatever is wrong with the file, in the fields that are read.
+    """
+    names = ["observations", "actions", "terminations", "truncations", "episode_lengths", "env_id"]
+    where, data = read_demonstrations(args, names, ["rewards"])
+    check_demonstrations(where, data, args, num_actions)
+    obs, lengths = data["observations"], data["episode_lengths"].astype(np.int64)
+    check(obs.dtype.kind == "f", f"{where}: observations are {obs.dtype}, expected float32")
+    check(obs.shape[1:] == tuple(obs_shape),
+          f"{where}: an observation has shape {obs.shape[1:]}, one of {args.env_id} has {tuple(obs_shape)}")  # fmt: skip
+    check(len(obs) == (lengths + 1).sum(), f"{where}: {len(obs)} observations, expected {(lengths + 1).sum()}, one more "
+          "than its length for each episode")  # fmt: skip
+    obs = obs.astype(np.float32)
+    check(np.isfinite(obs).all(), f"{where}: observations hold NaN or infinite values")
+
+    chosen, place, t = choose_transitions(args, lengths)
+    first_action = (np.cumsum(lengths) - lengths)[chosen]
+    first_obs = first_action + chosen  # an episode has one observation more than actions
+    row, step = first_obs[place] + t, first_action[place] + t
+    returns = np.nan
+    if "rewards" in data:
+        returns = [data["rewards"][i : i + length].sum() for i, length in zip(first_action, lengths[chosen])]
+
+    def tensor(x, dtype=torch.float32):
+        return torch.as_tensor(x, dtype=dtype, device=device)
+
+    actions = data["actions"][step].astype(np.int64)
+    transitions = Batch(tensor(obs[row]), tensor(actions, torch.int64), tensor(obs[row + 1]),
+                        tensor(data["terminations"][step].astype(np.float32)))  # fmt: skip
+    print(f"loaded {len(chosen)} of {len(lengths)} episodes, {len(t)} of their {lengths[chosen].sum()} transitions, "
+          f"expert return {np.mean(returns):.1f} ± {np.std(returns):.1f}, device {device}", flush=True)  # fmt: skip
+    return Demonstrations(transitions, tensor(obs[first_obs]), float(np.mean(returns)))
+
+
+def draw(demos: Demonstrations, n: int) -> Batch:
+    """`n` transitions drawn with replacement, on their device."""
+    action = demos.transitions.action
+    index = torch.randint(len(action), (n,), device=action.device)
+    return Batch(*(field[index] for field in demos.transitions))
+
+
+class Replay:
+    """Rows of tensors, preallocated on the device: the oldest are overwritten, none unwritten is drawn."""
+
+    def __init__(self, size: int, fields: list[tuple[tuple[int, ...], torch.dtype]], device):
+        self.storage = [torch.zeros(size, *shape, dtype=dtype, device=device) for shape, dtype in fields]
+        self.size, self.written, self.device = size, 0, device
+
+    def add(self, *rows: torch.Tensor) -> None:
+        """Write `[n]` rows, a tensor for each field."""
+        n = len(rows[0])
+        index = torch.arange(self.written, self.written + n, device=self.device) % self.size
+        for field, values in zip(self.storage, rows, strict=True):
+            field[index] = values
+        self.written += n
+
+    def sample(self, n: int) -> list[torch.Tensor]:
+        """`n` rows drawn with replacement from those written."""
+        index = torch.randint(min(self.written, self.size), (n,), device=self.device)
+        return [field[index] for field in self.storage]
+
+    def state_dict(self) -> dict:
+        return {"written": self.written, "storage": [field[: self.written].clone() for field in self.storage]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.written = state["written"]
+        for field, rows in zip(self.storage, state["storage"], strict=True):
+            field[: len(rows)] = rows
+
+
+# --------------------------------------------------------------------------------------- IQ objective
+def soft_value(q: torch.Tensor, temperature: float) -> torch.Tensor:
+    """V(s) = τ·logsumexp_a(Q(s,a)/τ) `[B]` of Q(s,·) `[B, A]`; at τ = 0 the maximum (paper, §3 and Eq. 10)."""
+    if temperature == 0:
+        return q.max(dim=-1).values
+    return temperature * torch.logsumexp(q / temperature, dim=-1)
+
+
+def implied_reward(network: nn.Module, obs, action, next_obs, terminated, gamma: float, temperature: float):
+    """The reward that Q implies, r = Q(s,a) − γ(1−d)·V(s') (Eq. 11), `[B]` for transitions as in `Batch`."""
+    q = network(obs).gather(1, action[:, None]).squeeze(1)
+    return q - gamma * (1 - terminated) * soft_value(network(next_obs), temperature)
+
+
+def phi(divergence: str, r: torch.Tensor) -> torch.Tensor:
+    """The concave φ(r) = −f*(−r) of a statistical distance (§4 and appendix B), elementwise.
+
+    Outside its domain φ goes on along its tangent at a margin inside, since a clamp would leave a row without
+    gradient. For chi2 this is the linear part: −r²/(4α) is the loss's term of its own.
+    """
+    if divergence in ("chi2", "tv", "w1"):
+        return r
+    function, derivative, margin = {
+        "kl": (lambda x: 1 - torch.exp(-x), lambda x: np.exp(-x), -5.0),  # KL(policy‖expert); all r, but explodes
+        "forward_kl": (lambda x: 1 + torch.log(x), lambda x: 1 / x, 0.01),  # KL(expert‖policy); r > 0
+        "hellinger": (lambda x: x / (1 + x), lambda x: (1 + x) ** -2, -0.9),  # r > −1, beyond it is convex
+        "js": (lambda x: torch.log(2 - torch.exp(-x)), lambda x: 1 / (2 * np.exp(x) - 1), -0.6),  # r > −log 2
+    }[divergence]
+    inside = r.clamp(min=margin)
+    return function(inside) + derivative(margin) * (r - inside)
+
+
+def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Tensor, args: Args):
+    """The IQ-Learn loss, to be minimised: −E_expert[φ(r)] + value term (+ E[r²]/(4α)), Eq. 9 to 11 and §5.1 to 5.3.
+
+    Args:
+        batch: `[B]` rows, the first `n_expert` of them the expert's, the others the policy's.
+        initial_obs: `[M, *obs_shape]` states where episodes start, for `--value-loss v0`.
+
+    Returns:
+        The loss and its terms, scalar tensors.
+    """
+    obs, action, next_obs, terminated = batch
+    γ, τ = args.gamma, args.temperature
+    assert obs.shape == next_obs.shape and action.shape == terminated.shape == (len(obs),)
+    if target is None:  # one pass for s and s'; V(s') carries gradient, as the paper has it without a target network
+        q, next_q = network(torch.cat([obs, next_obs])).chunk(2)
+    else:
+        q = network(obs)
+        with torch.no_grad():
+            next_q = target(next_obs)
+    V = soft_value(q, τ)
+    next_V = (1 - terminated) * soft_value(next_q, τ)
+    # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to Eq. 9 where dynamics are random.
+    r = q.gather(1, action[:, None]).squeeze(1) - γ * next_V
+
+    terms = {"expert_term": -phi(args.divergence, r[:n_expert]).mean()}
+    if args.value_loss == "value":  # telescoped over the mixture of both occupancies, §5.1
+        terms["value_term"] = (V - γ * next_V).mean()
+    elif args.value_loss == "value_expert":  # telescoped over the expert's occupancy
+        terms["value_term"] = (V - γ * next_V)[:n_expert].mean()
+    elif args.value_loss == "v0":  # not telescoped: (1 − γ)·E_ρ0[V(s0)]
+        terms["value_term"] = (1 - γ) * soft_value(network(initial_obs), τ).mean()
+    else:  # v0_expert
+        terms["value_term"] = (1 - γ) * V[:n_expert].mean()
+    α = args.chi2_alpha if args.chi2_alpha or args.divergence != "chi2" else 0.5
+    if α:
+        rows = r[:n_expert] if args.chi2_rows == "expert" else r
+        terms["chi2_term"] = (rows**2).mean() / (4 * α)
+    if args.divergence == "w1":
+        terms["gradient_penalty"] = args.gradient_penalty * gradient_penalty(network, batch, n_expert)
+    loss = sum(terms.values())
+    means = {"value": V.mean(), "reward_expert": r[:n_expert].mean()}
+    if len(r) > n_expert:
+        means["reward_policy"] = r[n_expert:].mean()
+    return loss, {"loss": loss, **terms, **means}
+
+
+def gradient_penalty(network, batch: Batch, n_expert: int) -> torch.Tensor:
+    """E[(‖∇Q‖ − 1)²] on interpolates of expert and policy inputs (with expert rows alone: of pairs of them).
+
+    DEVIATION: the 1-Lipschitz constraint of Table 2 is on r, this penalty acts on Q. The action of an interpolate is
+    the same mixture of the two one-hot actions, so that Q there is that mixture of two outputs.
+    """
+    obs, action = batch.obs[:n_expert], batch.action[:n_expert]
+    other = torch.arange(len(batch.obs) - n_expert, len(batch.obs), device=obs.device)
+    if len(batch.obs) == n_expert:
+        other = other.roll(1)
+    mix = torch.rand(n_expert, device=obs.device)
+    mix_obs = mix.view(-1, *[1] * (obs.dim() - 1))
+    between = (mix_obs * obs + (1 - mix_obs) * batch.obs[other]).requires_grad_()
+    q = network(between)
+    q = mix * q.gather(1, action[:, None]).squeeze(1) + (1 - mix) * q.gather(1, batch.action[other][:, None]).squeeze(1)
+    (gradient,) = torch.autograd.grad(q.sum(), between, create_graph=True)
+    return ((gradient.flatten(1).norm(dim=1) - 1) ** 2).mean()
+
+
+def bc_loss(network, batch: Batch):
+    """Behavioural cloning, the baseline: cross-entropy of softmax(Q) at the expert's actions."""
+    q = network(batch.obs)
+    loss = F.cross_entropy(q, batch.action)
+    return loss, {"loss": loss, "accuracy": (q.argmax(1) == batch.action).float().mean()}
+
+
+def sample_action(network, obs: torch.Tensor, temperature: float) -> torch.Tensor:
+    """a ~ π(·|s) = softmax(Q(s,·)/τ), `[B]`; by the Gumbel maximum, which is exact at any τ and greedy at 0."""
+    q = network(obs)
+    return (q - temperature * torch.empty_like(q).exponential_().log()).argmax(1)
+
+
+# ------------------------------------------------------------------------------------------- Evaluate
+def evaluate(network, args: Args, device, stop: "StopSignal | None" = None, frames: list | None = None):
+    """Returns of `--eval-episodes` whole episodes of the greedy policy, on environments of its own.
+
+    One episode from each of as many environments, so that none is dropped for its length; `network` None plays
+    uniformly random actions. RGB frames of the first episode are appended to `frames`.
+
+    Returns:
+        float64 `[episodes]` in the environment's own reward, or None when a signal stopped it.
+    """
+    n = args.eval_episodes
+    envs = make_envs(args, n, "rgb_array" if frames is not None else None)
+    seed = 100_000 + 1_000 * args.seed if network is not None else 0  # far from the training environments' seeds
+    obs, _ = envs.reset(seed=seed)
+    envs.action_space.seed(seed)
+    returns, running = np.zeros(n), np.ones(n, bool)
+    while running.any() and not (stop and stop.signum):
+        if frames is not None and running[0]:
+            frames.append(envs.envs[0].render())
+        if network is None:
+            action = envs.action_space.sample()
+        else:
+            with torch.no_grad():
+                action = network(torch.as_tensor(obs, dtype=torch.float32, device=device)).argmax(1).cpu().numpy()
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        returns += np.where(running, reward, 0)
+        running &= ~(terminated | truncated)
+    envs.close()
+    return None if running.any() else returns
+
+
+def random_return(args: Args) -> float:
+    """Mean return of random actions: from the table, else 20 episodes played now."""
+    name = env_name(args.env_id)
+    return RANDOM_RETURN[name] if name in RANDOM_RETURN else float(evaluate(None, replace(args, eval_episodes=20), "cpu").mean())
+
+
+def write_video(frames: list, fps: int, path: Path) -> None:
+    """Write RGB frames `[H, W, 3]` uint8 as an mp4 file."""
+    from moviepy import ImageSequenceClip
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ImageSequenceClip(list(frames), fps=fps).write_videofile(str(path), logger=None)
+
+
+def final_line(returns, expert: float, random: float, steps: int, updates: int, seconds: float, run_dir) -> str:
+    """The last line on stdout; `normalized` is 0 for a random policy and 1 for the demonstrations' mean return."""
+    mean, std, n = (returns.mean(), returns.std(), len(returns)) if returns is not None else (np.nan, np.nan, 0)
+    normalized = (mean - random) / (expert - random) if expert != random else np.nan
+    return (f"final eval_return={mean:.4f} std={std:.4f} episodes={n} expert={expert:.4f} random={random:.4f} "
+            f"normalized={normalized:.4f} steps={steps} updates={updates} seconds={seconds:.1f} run_dir={run_dir}")  # fmt: skip
+
+
+def load_model(path: str, device="cpu") -> tuple[QNetwork, dict]:
+    """The network of a model.pt, ready to act, and what was saved with it (γ, temperature, environment, ...).
+
+    Raises:
+        BadInput: no such file, or not a model of this script.
+    """
+    check(Path(path).is_file(), f"{path}: no such file")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py, which plays it")
+        network = QNetwork(**saved["sizes"]).to(device)
+        network.load_state_dict(saved["network"])
+    except (KeyError, TypeError, RuntimeError, OSError, EOFError, ValueError, zipfile.BadZipFile,
+            pickle.UnpicklingError) as error:
+        raise BadInput(f"{path}: not a model of {SCRIPT}.py ({type(error).__name__})") from None
+    return network, saved
+
+
+# ---------------------------------------------------------------------------------------------- Train
+class StopSignal:
+    """Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two updates; a second one
+    acts at once."""
+
+    def __enter__(self):
+        self.signum = 0
+        self.previous = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
+
+    def receive(self, signum, _frame):
+        self.signum = signum
+        self.__exit__()
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    """torch.save that leaves the old file or the new one, whenever the process is killed."""
+    torch.save(content, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+class Metrics:
+    """metrics.csv, rewritten whole at each row, and Weights & Biases with `--track`."""
+
+    def __init__(self, run_dir: Path, args: Args, step: int, updates: int, seconds: float):
+        self.path, self.rows, self.wandb = run_dir / "metrics.csv", [], None
+        self.first_step, self.first_updates, self.first_time = step, updates, time.time()
+        self.start = self.first_time - seconds
+        if args.resume and self.path.exists():  # rows after the checkpoint are dropped, to be written anew
+            with open(self.path) as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["updates"]) <= updates]
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
+                                    name=run_dir.name, dir=run_dir)  # fmt: skip
+
+    def log(self, step: int, updates: int, returns: np.ndarray | None, terms: dict[str, torch.Tensor]) -> None:
+        mean, std = (returns.mean(), returns.std()) if returns is not None else (np.nan, np.nan)
+        now = time.time()
+        count, first = (step, self.first_step) if step else (updates, self.first_updates)  # before play: updates
+        row = {"step": step, "updates": updates, "eval_return_mean": round(float(mean), 4),
+               "eval_return_std": round(float(std), 4),
+               "steps_per_second": round((count - first) / (now - self.first_time), 1),
+               "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in terms.items()}  # fmt: skip
+        self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
+        names = dict.fromkeys(name for r in self.rows for name in r)
+        with open(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, names, restval="nan")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if self.wandb:
+            self.wandb.log(row, step=updates)
+
+    def close(self, video: Path | None) -> None:
+        if self.wandb:
+            if video:  # gymnasium no longer uploads videos by itself
+                import wandb
+
+                self.wandb.log({"video": wandb.Video(str(video))})
+            self.wandb.finish()
+
+
+def make_update(network, target, average, optimizer, n_expert: int, args: Args):
+    """One gradient step as a function of tensors alone: the compile boundary."""
+    pairs = [(rate, list(of.parameters()), list(network.parameters()))
+             for of, rate in ((target, args.target_rate), (average, args.average_rate)) if of is not None]  # fmt: skip
+
+    def update(batch: Batch, initial_obs: torch.Tensor) -> dict[str, torch.Tensor]:
+        if args.obs_noise:
+            batch = batch._replace(obs=batch.obs + args.obs_noise * torch.randn_like(batch.obs),
+                                   next_obs=batch.next_obs + args.obs_noise * torch.randn_like(batch.obs))  # fmt: skip
+        if args.objective == "bc":
+            loss, terms = bc_loss(network, batch)
+        else:
+            loss, terms = iq_loss(network, target, batch, n_expert, initial_obs, args)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for rate, of, parameters in pairs:
+                torch._foreach_lerp_(of, parameters, rate)
+        return {name: term.detach() for name, term in terms.items()}
+
+    return torch.compile(update) if args.compile else update
+
+
+def train(args: Args) -> Path:
+    """Train from demonstrations and the agent's own play; returns the run directory.
+
+    Raises:
+        BadInput: before anything is written.
+        SystemExit: 1 when training became non-finite, 130 or 143 when a signal stopped it.
+    """
+    validate(args)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    envs = make_envs(args, args.num_envs)
+    obs_shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
+    check(args.network == "mlp" or env_name(args.env_id) == "GridWorld",
+          f"--network cnn: it is for GridWorld, not {args.env_id}")  # fmt: skip
+    demos = load_demonstrations(args, obs_shape, num_actions, device)
+
+    q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
+    network = QNetwork(obs_shape, num_actions, args.network, args.hidden_size, q_bound).to(device)
+    if args.standardize_obs:
+        network.obs_mean.copy_(demos.transitions.obs.mean(0))
+        network.obs_std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant dimensions
+    target = deepcopy(network) if args.target_rate else None
+    average = deepcopy(network) if args.average_rate else None
+    policy = average or network  # what is evaluated and saved
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, fused=True)
+    pretrain, total = args.pretrain_updates, args.total_timesteps
+    if args.objective == "bc":  # it reads the demonstrations alone: the same updates, and no play
+        pretrain, total = pretrain + int(total * args.updates_per_step), 0
+    both = args.value_loss == "value" or args.chi2_rows == "both" or args.divergence == "w1"
+    n = args.batch_size
+    replay = Replay(args.buffer_size if total else 1, [(obs_shape, torch.float32), ((), torch.int64),
+                                                        (obs_shape, torch.float32), ((), torch.float32)], device)  # fmt: skip
+    initial = Replay(10_000, [(obs_shape, torch.float32)], device)  # states that episodes start from
+    initial.add(demos.initial_obs)
+    update = make_update(network, target, average, optimizer, n, args)
+
+    state = {"network": network, "target": target, "average": average, "optimizer": optimizer, "replay": replay,
+             "initial": initial}  # fmt: skip
+    state = {name: part for name, part in state.items() if part is not None}
+    name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.out_dir) / name
+    step, updates, seconds = 0, 0, 0.0
+    if args.resume:
+        stored = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
+        for name, part in state.items():
+            part.load_state_dict(stored[name])
+        torch.set_rng_state(stored["rng"].cpu())
+        step, updates, seconds = stored["step"], stored["updates"], stored["seconds"]
+    else:
+        check(not run_dir.exists(), f"--run-name: {run_dir} exists already; take another name, or --resume {run_dir}")
+        run_dir.mkdir(parents=True)
+        shutil.copy(__file__, run_dir)
+    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+    metrics = Metrics(run_dir, args, step, updates, seconds)
+    random = random_return(args) if args.eval_every else np.nan
+    every = args.eval_every or max(1, (pretrain + total) // 20)  # steps between rows of metrics.csv
+    terms, returns, frames = {}, None, [] if args.capture_video else None
+
+    def report(frames=None):
+        """Evaluate and write a row; nothing when a signal comes meanwhile. Exits where the loss is not finite."""
+        nonlocal returns
+        if not all(np.isfinite(float(term)) for term in terms.values()):
+            print(f"{SCRIPT}.py: the loss is not finite after {updates} updates; a smaller --learning-rate or a larger "
+                  f"--temperature helps; the last checkpoint in {run_dir} is kept", file=sys.stderr)  # fmt: skip
+            raise SystemExit(1)
+        returns = evaluate(policy, args, device, stop, frames) if args.eval_every else None
+        if not stop.signum:
+            metrics.log(step, updates, returns, terms)
+            bar.set_postfix(eval_return="none" if returns is None else f"{returns.mean():.1f}")
+
+    def save():
+        save_atomically({name: part.state_dict() for name, part in state.items()} |
+                        {"rng": torch.get_rng_state(), "step": step, "updates": updates,
+                         "seconds": time.time() - metrics.start}, run_dir / "checkpoint.pt")  # fmt: skip
+
+    obs = torch.as_tensor(envs.reset(seed=args.seed + step)[0], dtype=torch.float32, device=device)
+    initial.add(obs)
+    bar = tqdm(total=pretrain + total, initial=min(updates, pretrain) + step, desc=f"{args.objective} {args.env_id}",
+               unit="step", disable=None)  # fmt: skip
+    with StopSignal() as stop, bar:
+        while not stop.signum and (updates < pretrain or step < total):
+            playing = updates >= pretrain
+            if playing:  # one step in each environment
+                with torch.no_grad():
+                    action = sample_action(network, obs, args.temperature)
+                next_obs, _, terminated, truncated, info = envs.step(action.cpu().numpy())
+                true_next, done = next_obs, terminated | truncated
+                if done.any():  # next_obs is the next episode's first observation there
+                    true_next = next_obs.copy()
+                    true_next[done] = np.stack(info["final_obs"][done])
+                    initial.add(torch.as_tensor(next_obs[done], dtype=torch.float32, device=device))
+                replay.add(obs, action, torch.as_tensor(true_next, dtype=torch.float32, device=device),
+                           torch.as_tensor(terminated, dtype=torch.float32, device=device))  # fmt: skip
+                obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
+                step += args.num_envs
+
+            updates_due = pretrain + int(step * args.updates_per_step) if playing else updates + 1
+            while updates < updates_due:
+                batch = draw(demos, n)
+                if playing and both:  # expert rows first
+                    batch = Batch(*(torch.cat(rows) for rows in zip(batch, replay.sample(n))))
+                terms = update(batch, initial.sample(n)[0] if args.value_loss == "v0" else batch.obs[:0])
+                updates += 1
+
+            clock, tick = (step, args.num_envs) if playing else (updates, 1)
+            bar.update(tick)
+            if clock % every < tick and (updates < pretrain or step < total):
+                report()
+            if args.checkpoint_every and clock % args.checkpoint_every < tick:
+                save()
+        if not stop.signum:
+            report(frames)
+        save()
+    if args.save_model:
+        save_atomically({"script": SCRIPT, "env_id": args.env_id, "network": policy.state_dict(), "sizes": policy.sizes,
+                         "temperature": args.temperature, "gamma": args.gamma, "args": asdict(args),
+                         "expert_return": demos.expert_return, "random_return": random}, run_dir / "model.pt")  # fmt: skip
+    if frames:
+        write_video(frames, envs.metadata.get("render_fps", 30), run_dir / "videos" / f"step_{step}.mp4")
+    metrics.close(run_dir / "videos" / f"step_{step}.mp4" if frames else None)
+    envs.close()
+    if stop.signum:
+        print(f"stopped at step {step}; to continue: python {SCRIPT}.py --resume {run_dir}", flush=True)
+        raise SystemExit(128 + stop.signum)
+    seconds = time.time() - metrics.start
+    print(final_line(returns, demos.expert_return, random, step, updates, seconds, run_dir), flush=True)
+    return run_dir
+
+
+def play(args: Args) -> None:
+    """Evaluate a saved model in the environment that it was trained in, and print the final line."""
+    _, saved = load_model(args.evaluate)
+    own = {name: saved["args"][name] for name in ("env_id", "grid_size", "random_walls", "random_start", "random_goal", "stay_action")}
+    args = replace(args, **own)
+    validate(args)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    network, _ = load_model(args.evaluate, device)
+    start, frames, run_dir = time.time(), [] if args.capture_video else None, Path(args.evaluate).resolve().parent
+    returns = evaluate(network, args, device, None, frames)
+    if frames:
+        write_video(frames, 30, run_dir / "videos" / "evaluate.mp4")
+    print(final_line(returns, saved["expert_return"], saved["random_return"], 0, 0, time.time() - start, run_dir))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        args = parse_args(argv)
+        play(args) if args.evaluate else train(args)
+    except BadInput as error:
+        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
