@@ -21,7 +21,7 @@ import time
 import zipfile
 import zlib
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -90,7 +90,7 @@ class Args:
 
 
 MAY_CHANGE_ON_RESUME = {"total_timesteps", "eval_every", "eval_episodes", "track", "wandb_project_name",
-                        "wandb_entity", "capture_video", "save_model", "checkpoint_every", "resume"}  # fmt: skip
+                        "wandb_entity", "capture_video", "save_model", "checkpoint_every", "resume"}
 
 
 class BadInput(Exception):
@@ -126,26 +126,25 @@ def parse_args(argv: list[str] | None = None) -> Args:
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
-              f"--{name.replace('_', '-')} {value}: the run in {run_dir} has {old}, and a resumed run keeps it")  # fmt: skip
+              f"--{name.replace('_', '-')} {value}: the run in {run_dir} has {old}, and a resumed run keeps it")
     return args
 
 
 def validate(args: Args) -> None:
     """Check the numbers among the flags. Raises BadInput."""
     rules = {
-        "at least 1": (lambda x: x >= 1, ["num_envs", "subsample_freq", "batch_size", "buffer_size",
-                                          "eval_episodes"]),
-        "at least 0": (lambda x: x >= 0, ["pretrain_updates", "total_timesteps", "num_demos", "temperature", "eval_every",
-                                          "checkpoint_every", "seed"]),
-        "above 0": (lambda x: x > 0, ["learning_rate", "updates_per_step", "chi2_alpha"]),
-        "at least 0 and below 1": (lambda x: 0 <= x < 1, ["gamma"]),
-        "from 0 to 1": (lambda x: 0 <= x <= 1, ["target_rate", "average_rate"]),
-    }  # fmt: skip
+        "at least 1": (lambda x: x >= 1, "num_envs subsample_freq batch_size buffer_size eval_episodes"),
+        "at least 0": (lambda x: x >= 0, "seed pretrain_updates total_timesteps num_demos temperature eval_every "
+                       "checkpoint_every"),
+        "above 0": (lambda x: x > 0, "learning_rate updates_per_step chi2_alpha"),
+        "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
+        "from 0 to 1": (lambda x: 0 <= x <= 1, "target_rate average_rate"),
+    }
     for rule, (holds, names) in rules.items():
-        for name in names:
+        for name in names.split():
             value = getattr(args, name)
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
-    check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected at least --num-envs {args.num_envs}")
+    check(args.buffer_size >= 8 * args.num_envs, f"--buffer-size {args.buffer_size}: expected 8 for each environment")
 
 
 # ---------------------------------------------------------------------------------------- Environment
@@ -162,7 +161,7 @@ def make_envs(args: Args, num_envs: int) -> AtariVectorEnv:
     games = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
     game = games.get(env_name(args.env_id).lower())
     check(game is not None and re.search(r"-v\d+$", args.env_id) is not None,
-          f"--env-id {args.env_id}: no such game, expected XNoFrameskip-v4 or ALE/X-v5 with one of the emulator's")  # fmt: skip
+          f"--env-id {args.env_id}: no such game, expected XNoFrameskip-v4 or ALE/X-v5 with one of the emulator's")
     return AtariVectorEnv(game, num_envs, reward_clipping=False, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
@@ -176,7 +175,7 @@ class QNetwork(nn.Module):
 
     def __init__(self, num_actions: int):
         super().__init__()
-        self.sizes = dict(num_actions=num_actions)
+        self.sizes = {"num_actions": num_actions}
         self.autocast = False
         self.layers = nn.Sequential(
             nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(),
@@ -184,7 +183,7 @@ class QNetwork(nn.Module):
             nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(),
             nn.Flatten(),
             nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
-        ).to(memory_format=torch.channels_last)  # fmt: skip
+        ).to(memory_format=torch.channels_last)
         self.head = nn.Linear(512, num_actions)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
@@ -256,12 +255,12 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
         raise BadInput(f"--demos {dataset_id}: Minari cannot load it: {' '.join(str(error).split())}") from None
     episodes = list(tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc="reading", disable=None))
     check(all(isinstance(e.observations, np.ndarray) for e in episodes),
-          f"--demos {dataset_id}: its observations are not plain arrays")  # fmt: skip
+          f"--demos {dataset_id}: its observations are not plain arrays")
     arrays = {name: np.concatenate([getattr(e, name) for e in episodes])
-              for name in ("observations", "actions", "terminations", "truncations", "rewards")}  # fmt: skip
+              for name in ("observations", "actions", "terminations", "truncations", "rewards")}
     env_spec = dataset.env_spec
     return arrays | {"episode_lengths": np.array([len(e.actions) for e in episodes]),
-                     "env_id": np.array(env_spec.id if env_spec else "unknown")}  # fmt: skip
+                     "env_id": np.array(env_spec.id if env_spec else "unknown")}
 
 
 def demonstrations_path(args: Args) -> str:
@@ -273,7 +272,7 @@ def demonstrations_path(args: Args) -> str:
     path = Path(__file__).resolve().parent / "demos" / f"{game}NoFrameskip-v4.npz"
     check(path.is_file(), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
           "seeds, actions, episode_lengths, returns and env_id (or uint8 observations [N, 84, 84], actions, terminations, "
-          "truncations, episode_lengths and env_id), or a Minari dataset id")  # fmt: skip
+          "truncations, episode_lengths and env_id), or a Minari dataset id")
     return str(path)
 
 
@@ -287,8 +286,8 @@ def read_demonstrations(args: Args, names: list[str], optional: list[str]) -> tu
     data = read_npz(path, [], ["dones"])
     if not data:
         return where, read_npz(path, names, optional)
-    check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, where "
-          "V(s') is 0, from one that a time limit cut: give --dones-are terminations or --dones-are time-limits")  # fmt: skip
+    check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
+          "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
     dones, no = data["dones"], np.zeros_like(data["dones"])
     ended = args.dones_are == "terminations"
     data = read_npz(path, [name for name in names if name not in ("terminations", "truncations")], optional)
@@ -299,35 +298,39 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, nu
     """Episode lengths, actions, ends and environment as the format has them. Raises BadInput."""
     lengths, actions = data["episode_lengths"], data["actions"]
     check(lengths.ndim == 1 and lengths.dtype.kind in "iu" and (lengths > 0).all(),
-          f"{where}: episode_lengths must be positive integers")  # fmt: skip
+          f"{where}: episode_lengths must be positive integers")
     check(len(lengths) > 0, f"{where}: it holds no episodes")
     for name in ("actions", "terminations", "truncations", "rewards"):
         if name in data:
             check(data[name].shape[:1] == (lengths.sum(),), f"{where}: {name} of shape {data[name].shape}, expected "
-                  f"{lengths.sum()}, the sum of episode_lengths")  # fmt: skip
+                  f"{lengths.sum()}, the sum of episode_lengths")
     check(actions.dtype.kind in "iu" and actions.ndim == 1,
-          f"{where}: actions are {actions.dtype} of shape {actions.shape}, expected int64 of shape (T,)")  # fmt: skip
+          f"{where}: actions are {actions.dtype} of shape {actions.shape}, expected int64 of shape (T,)")
     check((actions >= 0).all() and (actions < num_actions).all(),
-          f"{where}: actions from {actions.min()} to {actions.max()}, {args.env_id} has 0 to {num_actions - 1}")  # fmt: skip
+          f"{where}: actions from {actions.min()} to {actions.max()}, {args.env_id} has 0 to {num_actions - 1}")
     for name in ("terminations", "truncations"):
         if name in data:
             check(data[name].ndim == 1 and data[name].dtype.kind in "biuf" and np.isin(data[name], (0, 1)).all(),
-                  f"{where}: {name} must be true or false")  # fmt: skip
-    recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else ""
-    check(env_name(recorded) == env_name(args.env_id), f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
+                  f"{where}: {name} must be true or false")
+    recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else "unknown"
+    check(env_name(recorded) in (env_name(args.env_id), "unknown"),
+          f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
     if recorded != args.env_id:
         print(f"warning: demonstrations of {recorded} are used for {args.env_id}", file=sys.stderr)
     check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes")
 
 
 def choose_transitions(args: Args, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`--num-demos` episodes drawn by the seed, and every `--subsample-freq`-th transition of each from a random offset
-    (a short episode keeps at least one): the episodes `[E]`, and `[N]` the place in it and the time of each transition.
+    """`--num-demos` episodes drawn by the seed, and every `--subsample-freq`-th transition of each, from a random
+    offset (a short episode keeps at least one).
+
+    Returns:
+        The episodes `[E]`, and for each transition `[N]` its episode's place among them and its time.
     """
     rng = np.random.default_rng(args.seed)
     chosen = rng.permutation(len(lengths))[: args.num_demos or len(lengths)]
     times = [np.arange(rng.integers(min(args.subsample_freq, length)), length, args.subsample_freq)
-             for length in lengths[chosen]]  # fmt: skip
+             for length in lengths[chosen]]
     return chosen, np.repeat(np.arange(len(chosen)), [len(t) for t in times]), np.concatenate(times)
 
 
@@ -355,8 +358,8 @@ def simulate(where: str, args: Args, data: dict[str, np.ndarray], chosen: np.nda
     for t in tqdm(range(lengths.max()), desc="replaying demonstrations", unit="decision", disable=None):
         obs, reward, terminated, truncated, info = envs.step(actions[t])
         running, ends = t < lengths, t + 1 == lengths
-        check(not (running & ((terminated | truncated) != ends)).any(), f"{where}: an episode did not end when recorded, so "
-              "this emulator is another one than that of the recording (ale-py 0.12.1 made the bundled files)")  # fmt: skip
+        check(not (running & ((terminated | truncated) != ends)).any(), f"{where}: an episode did not end when recorded: "
+              "this emulator differs from that of the recording (the bundled files were made with ale-py 0.12.1)")
         returns += np.where(running, reward, 0)
         frames[start[running] + t + 1] = obs[running, -1]
         if ends.any():  # obs is the next episode's first there
@@ -364,8 +367,8 @@ def simulate(where: str, args: Args, data: dict[str, np.ndarray], chosen: np.nda
             terminations[np.cumsum(lengths)[ends] - 1] = terminated[ends]
     envs.close()
     recorded = data["returns"][chosen]
-    check((returns == recorded).all(), f"{where}: replayed returns are {returns.tolist()}, recorded {recorded.tolist()}, so "
-          "this emulator is another one than that of the recording (ale-py 0.12.1 made the bundled files)")  # fmt: skip
+    check((returns == recorded).all(), f"{where}: replayed returns {returns.tolist()}, recorded {recorded.tolist()}: "
+          "this emulator differs from that of the recording (the bundled files were made with ale-py 0.12.1)")
     return frames, terminations
 
 
@@ -378,7 +381,8 @@ def load_demonstrations(args: Args, num_actions: int, device) -> Demonstrations:
     frames_format = ["observations", "actions", "terminations", "truncations"]
     names = ["episode_lengths", "env_id"]
     where, data = read_demonstrations(args, names, [*frames_format, "seeds", "returns", "rewards"])
-    missing = [n for n in (frames_format if "observations" in data else ["seeds", "actions", "returns"]) if n not in data]
+    needed = frames_format if "observations" in data else ["seeds", "actions", "returns"]
+    missing = [name for name in needed if name not in data]
     check(not missing, f"{where}: keys {missing} are missing, it has {sorted(data)}")
     check_demonstrations(where, data, args, num_actions)
     lengths = data["episode_lengths"].astype(np.int64)
@@ -387,7 +391,7 @@ def load_demonstrations(args: Args, num_actions: int, device) -> Demonstrations:
     if "observations" in data:
         frames = data["observations"]
         check(frames.dtype == np.uint8 and frames.shape == ((lengths + 1).sum(), 84, 84), f"{where}: observations are "
-              f"{frames.dtype} of shape {frames.shape}, expected uint8 of shape ({(lengths + 1).sum()}, 84, 84)")  # fmt: skip
+              f"{frames.dtype} of shape {frames.shape}, expected uint8 of shape ({(lengths + 1).sum()}, 84, 84)")
         first_frame = (first_action + np.arange(len(lengths)))[chosen]
         terminations = data["terminations"][first_action[chosen][place] + t]
         rewards = data.get("rewards", np.full(lengths.sum(), np.nan))
@@ -395,7 +399,7 @@ def load_demonstrations(args: Args, num_actions: int, device) -> Demonstrations:
     else:
         for name, kind in (("seeds", "iu"), ("returns", "iuf")):
             check(data[name].shape == lengths.shape and data[name].dtype.kind in kind,
-                  f"{where}: {name} must be one number for each of the {len(lengths)} episodes")  # fmt: skip
+                  f"{where}: {name} must be one number for each of the {len(lengths)} episodes")
         frames, terminations = simulate(where, args, data, chosen)
         first_frame = np.cumsum(lengths[chosen] + 1) - (lengths[chosen] + 1)
         terminations = terminations[(np.cumsum(lengths[chosen]) - lengths[chosen])[place] + t]
@@ -408,10 +412,10 @@ def load_demonstrations(args: Args, num_actions: int, device) -> Demonstrations:
     initial_obs[:, -1] = frames[first_frame]
     actions = data["actions"][first_action[chosen][place] + t].astype(np.int64)
     print(f"loaded {len(chosen)} of {len(lengths)} episodes, {len(t)} of their {lengths[chosen].sum()} transitions, "
-          f"expert return {np.mean(returns):.1f} ± {np.std(returns):.1f}, device {device}", flush=True)  # fmt: skip
+          f"expert return {np.mean(returns):.1f} ± {np.std(returns):.1f}, device {device}", flush=True)
     return Demonstrations(tensor(frames, torch.uint8)[None], tensor(first_frame[place] + t), tensor(t), tensor(actions),
                           tensor(terminations.astype(np.float32), torch.float32), tensor(initial_obs, torch.uint8),
-                          float(np.mean(returns)))  # fmt: skip
+                          float(np.mean(returns)))
 
 
 def stack_frames(frames: torch.Tensor, ring, position: torch.Tensor, age: torch.Tensor) -> torch.Tensor:
@@ -479,7 +483,7 @@ class Replay:
     def state_dict(self) -> dict:
         filled = min(int(self.written.max()), self.frames.shape[1])
         return {"written": self.written} | {name: getattr(self, name)[:, :filled].clone()
-                                            for name in ("frames", "action", "terminated", "age")}  # fmt: skip
+                                            for name in ("frames", "action", "terminated", "age")}
 
     def load_state_dict(self, state: dict) -> None:
         self.written.copy_(state["written"])
@@ -590,7 +594,9 @@ def evaluate(network, args: Args, device, stop: "StopSignal | None" = None, fram
 def random_return(args: Args) -> float:
     """Mean return of random actions: from the table, else 20 episodes played now."""
     name = env_name(args.env_id)
-    return RANDOM_RETURN[name] if name in RANDOM_RETURN else float(evaluate(None, replace(args, eval_episodes=20), "cpu").mean())
+    if name in RANDOM_RETURN:
+        return RANDOM_RETURN[name]
+    return float(evaluate(None, replace(args, eval_episodes=20), "cpu").mean())
 
 
 def write_video(frames: list, fps: int, path: Path) -> None:
@@ -606,7 +612,7 @@ def final_line(returns, expert: float, random: float, steps: int, updates: int, 
     mean, std, n = (returns.mean(), returns.std(), len(returns)) if returns is not None else (np.nan, np.nan, 0)
     normalized = (mean - random) / (expert - random) if expert != random else np.nan
     return (f"final eval_return={mean:.4f} std={std:.4f} episodes={n} expert={expert:.4f} random={random:.4f} "
-            f"normalized={normalized:.4f} steps={steps} updates={updates} seconds={seconds:.1f} run_dir={run_dir}")  # fmt: skip
+            f"normalized={normalized:.4f} steps={steps} updates={updates} seconds={seconds:.1f} run_dir={run_dir}")
 
 
 def load_model(path: str, device="cpu") -> tuple[QNetwork, dict]:
@@ -666,7 +672,7 @@ class Metrics:
             import wandb
 
             self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
-                                    name=run_dir.name, dir=run_dir)  # fmt: skip
+                                    name=run_dir.name, dir=run_dir)
 
     def log(self, step: int, updates: int, returns: np.ndarray | None, terms: dict[str, torch.Tensor]) -> None:
         mean, std = (returns.mean(), returns.std()) if returns is not None else (np.nan, np.nan)
@@ -675,7 +681,7 @@ class Metrics:
         row = {"step": step, "updates": updates, "eval_return_mean": round(float(mean), 4),
                "eval_return_std": round(float(std), 4),
                "steps_per_second": round((count - first) / (now - self.first_time), 1),
-               "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in terms.items()}  # fmt: skip
+               "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in terms.items()}
         self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
         names = dict.fromkeys(name for r in self.rows for name in r)
         with open(self.path, "w", newline="") as file:
@@ -697,7 +703,7 @@ class Metrics:
 def make_update(network, target, average, optimizer, n_expert: int, args: Args):
     """One gradient step as a function of tensors alone: the compile boundary."""
     pairs = [(rate, list(of.parameters()), list(network.parameters()))
-             for of, rate in ((target, args.target_rate), (average, args.average_rate)) if of is not None]  # fmt: skip
+             for of, rate in ((target, args.target_rate), (average, args.average_rate)) if of is not None]
 
     def update(batch: Batch, initial_obs: torch.Tensor) -> dict[str, torch.Tensor]:
         if args.objective == "bc":
@@ -743,7 +749,7 @@ def train(args: Args) -> Path:
     replay = Replay(args.buffer_size, args.num_envs, device) if total else None
     update = make_update(network, target, average, optimizer, n, args)
 
-    state = {"network": network, "target": target, "average": average, "optimizer": optimizer, "replay": replay}  # fmt: skip
+    state = {"network": network, "target": target, "average": average, "optimizer": optimizer, "replay": replay}
     state = {name: part for name, part in state.items() if part is not None}
     name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.out_dir) / name
@@ -769,7 +775,7 @@ def train(args: Args) -> Path:
         nonlocal returns
         if not all(np.isfinite(float(term)) for term in terms.values()):
             print(f"{SCRIPT}.py: the loss is not finite after {updates} updates; a smaller --learning-rate or a larger "
-                  f"--temperature helps; the last checkpoint in {run_dir} is kept", file=sys.stderr)  # fmt: skip
+                  f"--temperature helps; the last checkpoint in {run_dir} is kept", file=sys.stderr)
             raise SystemExit(1)
         returns = evaluate(policy, args, device, stop, frames) if args.eval_every else None
         if not stop.signum:
@@ -779,14 +785,14 @@ def train(args: Args) -> Path:
     def save():
         save_atomically({name: part.state_dict() for name, part in state.items()} |
                         {"rng": torch.get_rng_state(), "step": step, "updates": updates,
-                         "seconds": time.time() - metrics.start}, run_dir / "checkpoint.pt")  # fmt: skip
+                         "seconds": time.time() - metrics.start}, run_dir / "checkpoint.pt")
 
     initial_obs = demos.initial_obs
     obs = torch.as_tensor(envs.reset(seed=args.seed + step)[0], device=device)
     if total:
         replay.start(replay.rings, obs[:, -1])
-    bar = tqdm(total=pretrain + total, initial=min(updates, pretrain) + step, desc=f"{args.objective} {args.env_id}",
-               unit="step", disable=None)  # fmt: skip
+    bar = tqdm(total=pretrain + total, initial=min(updates, pretrain) + step, unit="step", disable=None,
+               desc=f"{args.objective} {args.env_id}")
     with StopSignal() as stop, bar:
         while not stop.signum and (updates < pretrain or step < total):
             playing = updates >= pretrain
@@ -799,7 +805,7 @@ def train(args: Args) -> Path:
                     true_next = true_next.copy()
                     true_next[done] = info["final_obs"][done, -1]
                 replay.add(action, torch.as_tensor(true_next, device=device),
-                           torch.as_tensor(terminated, dtype=torch.float32, device=device))  # fmt: skip
+                           torch.as_tensor(terminated, dtype=torch.float32, device=device))
                 obs = torch.as_tensor(next_obs, device=device)
                 if len(done):
                     done = torch.as_tensor(done, device=device)
@@ -827,7 +833,7 @@ def train(args: Args) -> Path:
     if args.save_model:
         save_atomically({"script": SCRIPT, "env_id": args.env_id, "network": policy.state_dict(), "sizes": policy.sizes,
                          "temperature": args.temperature, "gamma": args.gamma, "args": asdict(args),
-                         "expert_return": demos.expert_return, "random_return": random}, run_dir / "model.pt")  # fmt: skip
+                         "expert_return": demos.expert_return, "random_return": random}, run_dir / "model.pt")
     if frames:
         write_video(frames, 15, run_dir / "videos" / f"step_{step}.mp4")
     metrics.close(run_dir / "videos" / f"step_{step}.mp4" if frames else None)

@@ -32,7 +32,7 @@ import time
 import zipfile
 import zlib
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -112,7 +112,7 @@ class Args:
 
 
 MAY_CHANGE_ON_RESUME = {"total_timesteps", "eval_every", "eval_episodes", "track", "wandb_project_name",
-                        "wandb_entity", "capture_video", "save_model", "checkpoint_every", "resume"}  # fmt: skip
+                        "wandb_entity", "capture_video", "save_model", "checkpoint_every", "resume"}
 
 
 class BadInput(Exception):
@@ -148,27 +148,26 @@ def parse_args(argv: list[str] | None = None) -> Args:
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
-              f"--{name.replace('_', '-')} {value}: the run in {run_dir} has {old}, and a resumed run keeps it")  # fmt: skip
+              f"--{name.replace('_', '-')} {value}: the run in {run_dir} has {old}, and a resumed run keeps it")
     return args
 
 
 def validate(args: Args) -> None:
     """Check the numbers among the flags. Raises BadInput."""
     rules = {
-        "at least 1": (lambda x: x >= 1, ["num_envs", "subsample_freq", "batch_size", "buffer_size",
-                                          "eval_episodes", "hidden_size"]),
-        "at least 0": (lambda x: x >= 0, ["pretrain_updates", "total_timesteps", "num_demos", "temperature", "gradient_penalty", "obs_noise", "eval_every",
-                                          "checkpoint_every", "seed"]),
-        "above 0": (lambda x: x > 0, ["learning_rate", "updates_per_step"]),
-        "at least 0 and below 1": (lambda x: 0 <= x < 1, ["gamma"]),
-        "from 0 to 1": (lambda x: 0 <= x <= 1, ["target_rate", "average_rate"]),
-        "at least 3": (lambda x: x >= 3, ["grid_size"]),
-    }  # fmt: skip
+        "at least 1": (lambda x: x >= 1, "num_envs subsample_freq batch_size buffer_size eval_episodes hidden_size"),
+        "at least 0": (lambda x: x >= 0, "seed pretrain_updates total_timesteps num_demos temperature gradient_penalty "
+                       "obs_noise eval_every checkpoint_every"),
+        "above 0": (lambda x: x > 0, "learning_rate updates_per_step"),
+        "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
+        "from 0 to 1": (lambda x: 0 <= x <= 1, "target_rate average_rate"),
+        "at least 3": (lambda x: x >= 3, "grid_size"),
+    }
     for rule, (holds, names) in rules.items():
-        for name in names:
+        for name in names.split():
             value = getattr(args, name)
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
-    check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected at least --num-envs {args.num_envs}")
+    check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
     check(args.chi2_alpha is None or args.chi2_alpha > 0, f"--chi2-alpha {args.chi2_alpha}: expected above 0")
 
 
@@ -184,7 +183,7 @@ class GridWorld(gym.Env):
     MOVES = np.array([(-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)])
 
     def __init__(self, size: int = 8, random_walls: bool = False, random_start: bool = False,
-                 random_goal: bool = False, stay_action: bool = False, render_mode: str | None = None):  # fmt: skip
+                 random_goal: bool = False, stay_action: bool = False, render_mode: str | None = None):
         self.size, self.render_mode = size, render_mode
         self.random_walls, self.random_start, self.random_goal = random_walls, random_start, random_goal
         self.observation_space = gym.spaces.Box(0.0, 1.0, (3, size, size), np.float32)
@@ -252,6 +251,7 @@ class GridWorld(gym.Env):
 
 
 gym.register("GridWorld-v0", entry_point=GridWorld)
+GRID_SWITCHES = ("random_walls", "random_start", "random_goal", "stay_action")
 
 
 def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
@@ -261,21 +261,20 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     Raises:
         BadInput: an unknown environment, or one whose spaces this script does not handle.
     """
-    grid = dict(size=args.grid_size, random_walls=args.random_walls, random_start=args.random_start,
-                random_goal=args.random_goal, stay_action=args.stay_action)  # fmt: skip
+    grid = {"size": args.grid_size} | {switch: getattr(args, switch) for switch in GRID_SWITCHES}
     try:
         envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", render_mode=render_mode,
                             vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
-                            **(grid if env_name(args.env_id) == "GridWorld" else {}))  # fmt: skip
+                            **(grid if env_name(args.env_id) == "GridWorld" else {}))
     except (gym.error.Error, ImportError, ValueError) as error:
-        raise BadInput(f"--env-id {args.env_id}: gymnasium cannot make it: {' '.join(str(error).split())}") from None
+        raise BadInput(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     check(not isinstance(action_space, gym.spaces.Box),
-          f"--env-id {args.env_id}: its actions are continuous, which iq_continuous.py is for")  # fmt: skip
+          f"--env-id {args.env_id}: its actions are continuous, which iq_continuous.py is for")
     check(isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0,
-          f"--env-id {args.env_id}: its action space is {action_space}, expected Discrete(n)")  # fmt: skip
+          f"--env-id {args.env_id}: its action space is {action_space}, expected Discrete(n)")
     check(isinstance(obs_space, gym.spaces.Box),
-          f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box")  # fmt: skip
+          f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box")
     return envs
 
 
@@ -288,10 +287,10 @@ class QNetwork(nn.Module):
     """
 
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, network: str = "mlp", hidden_size: int = 64,
-                 q_bound: float = 0.0):  # fmt: skip
+                 q_bound: float = 0.0):
         super().__init__()
-        self.sizes = dict(obs_shape=tuple(obs_shape), num_actions=num_actions, network=network,
-                          hidden_size=hidden_size, q_bound=q_bound)  # fmt: skip
+        self.sizes = {"obs_shape": tuple(obs_shape), "num_actions": num_actions, "network": network,
+                      "hidden_size": hidden_size, "q_bound": q_bound}
         self.q_bound = q_bound
         self.register_buffer("obs_mean", torch.zeros(obs_shape))
         self.register_buffer("obs_std", torch.ones(obs_shape))
@@ -301,7 +300,7 @@ class QNetwork(nn.Module):
                 nn.Linear(int(np.prod(obs_shape)), hidden_size), nn.ReLU(),
                 nn.Linear(hidden_size, hidden_size), nn.ReLU(),
                 nn.Linear(hidden_size, num_actions),
-            )  # fmt: skip
+            )
         else:
             self.layers = GridCNN(obs_shape, num_actions, hidden_size)
 
@@ -380,24 +379,24 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
         raise BadInput(f"--demos {dataset_id}: Minari cannot load it: {' '.join(str(error).split())}") from None
     episodes = list(tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc="reading", disable=None))
     check(all(isinstance(e.observations, np.ndarray) for e in episodes),
-          f"--demos {dataset_id}: its observations are not plain arrays")  # fmt: skip
+          f"--demos {dataset_id}: its observations are not plain arrays")
     arrays = {name: np.concatenate([getattr(e, name) for e in episodes])
-              for name in ("observations", "actions", "terminations", "truncations", "rewards")}  # fmt: skip
+              for name in ("observations", "actions", "terminations", "truncations", "rewards")}
     env_spec = dataset.env_spec
     return arrays | {"episode_lengths": np.array([len(e.actions) for e in episodes]),
-                     "env_id": np.array(env_spec.id if env_spec else "unknown")}  # fmt: skip
+                     "env_id": np.array(env_spec.id if env_spec else "unknown")}
 
 
 def demonstrations_path(args: Args) -> str:
     """`--demos`, or the bundled file beside this script. Raises BadInput if there is neither."""
     if args.demos is not None:
         return args.demos
-    switches = [name for name in ("random_walls", "random_start", "random_goal", "stay_action") if getattr(args, name)]
-    grid = env_name(args.env_id) == "GridWorld"
-    name = args.env_id.replace("/", "-") + "".join(f"-{s.replace('_', '-')}" for s in switches if grid)
+    name = args.env_id.replace("/", "-")
+    if env_name(args.env_id) == "GridWorld":
+        name += "".join(f"-{switch.replace('_', '-')}" for switch in GRID_SWITCHES if getattr(args, switch))
     path = Path(__file__).resolve().parent / "demos" / f"{name}.npz"
     check(path.is_file(), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
-          "observations, actions, terminations, truncations, episode_lengths and env_id, or a Minari dataset id")  # fmt: skip
+          "observations, actions, terminations, truncations, episode_lengths and env_id, or a Minari dataset id")
     return str(path)
 
 
@@ -411,8 +410,8 @@ def read_demonstrations(args: Args, names: list[str], optional: list[str]) -> tu
     data = read_npz(path, [], ["dones"])
     if not data:
         return where, read_npz(path, names, optional)
-    check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, where "
-          "V(s') is 0, from one that a time limit cut: give --dones-are terminations or --dones-are time-limits")  # fmt: skip
+    check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
+          "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
     dones, no = data["dones"], np.zeros_like(data["dones"])
     ended = args.dones_are == "terminations"
     data = read_npz(path, [name for name in names if name not in ("terminations", "truncations")], optional)
@@ -423,35 +422,39 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, nu
     """Episode lengths, actions, ends and environment as the format has them. Raises BadInput."""
     lengths, actions = data["episode_lengths"], data["actions"]
     check(lengths.ndim == 1 and lengths.dtype.kind in "iu" and (lengths > 0).all(),
-          f"{where}: episode_lengths must be positive integers")  # fmt: skip
+          f"{where}: episode_lengths must be positive integers")
     check(len(lengths) > 0, f"{where}: it holds no episodes")
     for name in ("actions", "terminations", "truncations", "rewards"):
         if name in data:
             check(data[name].shape[:1] == (lengths.sum(),), f"{where}: {name} of shape {data[name].shape}, expected "
-                  f"{lengths.sum()}, the sum of episode_lengths")  # fmt: skip
+                  f"{lengths.sum()}, the sum of episode_lengths")
     check(actions.dtype.kind in "iu" and actions.ndim == 1,
-          f"{where}: actions are {actions.dtype} of shape {actions.shape}, expected int64 of shape (T,)")  # fmt: skip
+          f"{where}: actions are {actions.dtype} of shape {actions.shape}, expected int64 of shape (T,)")
     check((actions >= 0).all() and (actions < num_actions).all(),
-          f"{where}: actions from {actions.min()} to {actions.max()}, {args.env_id} has 0 to {num_actions - 1}")  # fmt: skip
+          f"{where}: actions from {actions.min()} to {actions.max()}, {args.env_id} has 0 to {num_actions - 1}")
     for name in ("terminations", "truncations"):
         if name in data:
             check(data[name].ndim == 1 and data[name].dtype.kind in "biuf" and np.isin(data[name], (0, 1)).all(),
-                  f"{where}: {name} must be true or false")  # fmt: skip
-    recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else ""
-    check(env_name(recorded) == env_name(args.env_id), f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
+                  f"{where}: {name} must be true or false")
+    recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else "unknown"
+    check(env_name(recorded) in (env_name(args.env_id), "unknown"),
+          f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
     if recorded != args.env_id:
         print(f"warning: demonstrations of {recorded} are used for {args.env_id}", file=sys.stderr)
     check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes")
 
 
 def choose_transitions(args: Args, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`--num-demos` episodes drawn by the seed, and every `--subsample-freq`-th transition of each from a random offset
-    (a short episode keeps at least one): the episodes `[E]`, and `[N]` the place in it and the time of each transition.
+    """`--num-demos` episodes drawn by the seed, and every `--subsample-freq`-th transition of each, from a random
+    offset (a short episode keeps at least one).
+
+    Returns:
+        The episodes `[E]`, and for each transition `[N]` its episode's place among them and its time.
     """
     rng = np.random.default_rng(args.seed)
     chosen = rng.permutation(len(lengths))[: args.num_demos or len(lengths)]
     times = [np.arange(rng.integers(min(args.subsample_freq, length)), length, args.subsample_freq)
-             for length in lengths[chosen]]  # fmt: skip
+             for length in lengths[chosen]]
     return chosen, np.repeat(np.arange(len(chosen)), [len(t) for t in times]), np.concatenate(times)
 
 
@@ -467,9 +470,9 @@ def load_demonstrations(args: Args, obs_shape: tuple[int, ...], num_actions: int
     obs, lengths = data["observations"], data["episode_lengths"].astype(np.int64)
     check(obs.dtype.kind == "f", f"{where}: observations are {obs.dtype}, expected float32")
     check(obs.shape[1:] == tuple(obs_shape),
-          f"{where}: an observation has shape {obs.shape[1:]}, one of {args.env_id} has {tuple(obs_shape)}")  # fmt: skip
-    check(len(obs) == (lengths + 1).sum(), f"{where}: {len(obs)} observations, expected {(lengths + 1).sum()}, one more "
-          "than its length for each episode")  # fmt: skip
+          f"{where}: an observation has shape {obs.shape[1:]}, one of {args.env_id} has {tuple(obs_shape)}")
+    check(len(obs) == (lengths + 1).sum(), f"{where}: {len(obs)} observations, expected {(lengths + 1).sum()}, one "
+          "more than its length for each episode")
     obs = obs.astype(np.float32)
     check(np.isfinite(obs).all(), f"{where}: observations hold NaN or infinite values")
 
@@ -486,9 +489,9 @@ def load_demonstrations(args: Args, obs_shape: tuple[int, ...], num_actions: int
 
     actions = data["actions"][step].astype(np.int64)
     transitions = Batch(tensor(obs[row]), tensor(actions, torch.int64), tensor(obs[row + 1]),
-                        tensor(data["terminations"][step].astype(np.float32)))  # fmt: skip
+                        tensor(data["terminations"][step].astype(np.float32)))
     print(f"loaded {len(chosen)} of {len(lengths)} episodes, {len(t)} of their {lengths[chosen].sum()} transitions, "
-          f"expert return {np.mean(returns):.1f} ± {np.std(returns):.1f}, device {device}", flush=True)  # fmt: skip
+          f"expert return {np.mean(returns):.1f} ± {np.std(returns):.1f}, device {device}", flush=True)
     return Demonstrations(transitions, tensor(obs[first_obs]), float(np.mean(returns)))
 
 
@@ -672,7 +675,9 @@ def evaluate(network, args: Args, device, stop: "StopSignal | None" = None, fram
 def random_return(args: Args) -> float:
     """Mean return of random actions: from the table, else 20 episodes played now."""
     name = env_name(args.env_id)
-    return RANDOM_RETURN[name] if name in RANDOM_RETURN else float(evaluate(None, replace(args, eval_episodes=20), "cpu").mean())
+    if name in RANDOM_RETURN:
+        return RANDOM_RETURN[name]
+    return float(evaluate(None, replace(args, eval_episodes=20), "cpu").mean())
 
 
 def write_video(frames: list, fps: int, path: Path) -> None:
@@ -688,7 +693,7 @@ def final_line(returns, expert: float, random: float, steps: int, updates: int, 
     mean, std, n = (returns.mean(), returns.std(), len(returns)) if returns is not None else (np.nan, np.nan, 0)
     normalized = (mean - random) / (expert - random) if expert != random else np.nan
     return (f"final eval_return={mean:.4f} std={std:.4f} episodes={n} expert={expert:.4f} random={random:.4f} "
-            f"normalized={normalized:.4f} steps={steps} updates={updates} seconds={seconds:.1f} run_dir={run_dir}")  # fmt: skip
+            f"normalized={normalized:.4f} steps={steps} updates={updates} seconds={seconds:.1f} run_dir={run_dir}")
 
 
 def load_model(path: str, device="cpu") -> tuple[QNetwork, dict]:
@@ -748,7 +753,7 @@ class Metrics:
             import wandb
 
             self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
-                                    name=run_dir.name, dir=run_dir)  # fmt: skip
+                                    name=run_dir.name, dir=run_dir)
 
     def log(self, step: int, updates: int, returns: np.ndarray | None, terms: dict[str, torch.Tensor]) -> None:
         mean, std = (returns.mean(), returns.std()) if returns is not None else (np.nan, np.nan)
@@ -757,7 +762,7 @@ class Metrics:
         row = {"step": step, "updates": updates, "eval_return_mean": round(float(mean), 4),
                "eval_return_std": round(float(std), 4),
                "steps_per_second": round((count - first) / (now - self.first_time), 1),
-               "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in terms.items()}  # fmt: skip
+               "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in terms.items()}
         self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
         names = dict.fromkeys(name for r in self.rows for name in r)
         with open(self.path, "w", newline="") as file:
@@ -779,12 +784,12 @@ class Metrics:
 def make_update(network, target, average, optimizer, n_expert: int, args: Args):
     """One gradient step as a function of tensors alone: the compile boundary."""
     pairs = [(rate, list(of.parameters()), list(network.parameters()))
-             for of, rate in ((target, args.target_rate), (average, args.average_rate)) if of is not None]  # fmt: skip
+             for of, rate in ((target, args.target_rate), (average, args.average_rate)) if of is not None]
 
     def update(batch: Batch, initial_obs: torch.Tensor) -> dict[str, torch.Tensor]:
         if args.obs_noise:
             batch = batch._replace(obs=batch.obs + args.obs_noise * torch.randn_like(batch.obs),
-                                   next_obs=batch.next_obs + args.obs_noise * torch.randn_like(batch.obs))  # fmt: skip
+                                   next_obs=batch.next_obs + args.obs_noise * torch.randn_like(batch.obs))
         if args.objective == "bc":
             loss, terms = bc_loss(network, batch)
         else:
@@ -813,7 +818,7 @@ def train(args: Args) -> Path:
     envs = make_envs(args, args.num_envs)
     obs_shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
     check(args.network == "mlp" or env_name(args.env_id) == "GridWorld",
-          f"--network cnn: it is for GridWorld, not {args.env_id}")  # fmt: skip
+          f"--network cnn: it is for GridWorld, not {args.env_id}")
     demos = load_demonstrations(args, obs_shape, num_actions, device)
 
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
@@ -831,13 +836,13 @@ def train(args: Args) -> Path:
     both = args.value_loss == "value" or args.chi2_rows == "both" or args.divergence == "w1"
     n = args.batch_size
     replay = Replay(args.buffer_size if total else 1, [(obs_shape, torch.float32), ((), torch.int64),
-                                                        (obs_shape, torch.float32), ((), torch.float32)], device)  # fmt: skip
+                                                        (obs_shape, torch.float32), ((), torch.float32)], device)
     initial = Replay(10_000, [(obs_shape, torch.float32)], device)  # states that episodes start from
     initial.add(demos.initial_obs)
     update = make_update(network, target, average, optimizer, n, args)
 
     state = {"network": network, "target": target, "average": average, "optimizer": optimizer, "replay": replay,
-             "initial": initial}  # fmt: skip
+             "initial": initial}
     state = {name: part for name, part in state.items() if part is not None}
     name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.out_dir) / name
@@ -863,7 +868,7 @@ def train(args: Args) -> Path:
         nonlocal returns
         if not all(np.isfinite(float(term)) for term in terms.values()):
             print(f"{SCRIPT}.py: the loss is not finite after {updates} updates; a smaller --learning-rate or a larger "
-                  f"--temperature helps; the last checkpoint in {run_dir} is kept", file=sys.stderr)  # fmt: skip
+                  f"--temperature helps; the last checkpoint in {run_dir} is kept", file=sys.stderr)
             raise SystemExit(1)
         returns = evaluate(policy, args, device, stop, frames) if args.eval_every else None
         if not stop.signum:
@@ -873,12 +878,12 @@ def train(args: Args) -> Path:
     def save():
         save_atomically({name: part.state_dict() for name, part in state.items()} |
                         {"rng": torch.get_rng_state(), "step": step, "updates": updates,
-                         "seconds": time.time() - metrics.start}, run_dir / "checkpoint.pt")  # fmt: skip
+                         "seconds": time.time() - metrics.start}, run_dir / "checkpoint.pt")
 
     obs = torch.as_tensor(envs.reset(seed=args.seed + step)[0], dtype=torch.float32, device=device)
     initial.add(obs)
-    bar = tqdm(total=pretrain + total, initial=min(updates, pretrain) + step, desc=f"{args.objective} {args.env_id}",
-               unit="step", disable=None)  # fmt: skip
+    bar = tqdm(total=pretrain + total, initial=min(updates, pretrain) + step, unit="step", disable=None,
+               desc=f"{args.objective} {args.env_id}")
     with StopSignal() as stop, bar:
         while not stop.signum and (updates < pretrain or step < total):
             playing = updates >= pretrain
@@ -892,7 +897,7 @@ def train(args: Args) -> Path:
                     true_next[done] = np.stack(info["final_obs"][done])
                     initial.add(torch.as_tensor(next_obs[done], dtype=torch.float32, device=device))
                 replay.add(obs, action, torch.as_tensor(true_next, dtype=torch.float32, device=device),
-                           torch.as_tensor(terminated, dtype=torch.float32, device=device))  # fmt: skip
+                           torch.as_tensor(terminated, dtype=torch.float32, device=device))
                 obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
                 step += args.num_envs
 
@@ -916,7 +921,7 @@ def train(args: Args) -> Path:
     if args.save_model:
         save_atomically({"script": SCRIPT, "env_id": args.env_id, "network": policy.state_dict(), "sizes": policy.sizes,
                          "temperature": args.temperature, "gamma": args.gamma, "args": asdict(args),
-                         "expert_return": demos.expert_return, "random_return": random}, run_dir / "model.pt")  # fmt: skip
+                         "expert_return": demos.expert_return, "random_return": random}, run_dir / "model.pt")
     if frames:
         write_video(frames, envs.metadata.get("render_fps", 30), run_dir / "videos" / f"step_{step}.mp4")
     metrics.close(run_dir / "videos" / f"step_{step}.mp4" if frames else None)
@@ -932,7 +937,7 @@ def train(args: Args) -> Path:
 def play(args: Args) -> None:
     """Evaluate a saved model in the environment that it was trained in, and print the final line."""
     _, saved = load_model(args.evaluate)
-    own = {name: saved["args"][name] for name in ("env_id", "grid_size", "random_walls", "random_start", "random_goal", "stay_action")}
+    own = {name: saved["args"][name] for name in ("env_id", "grid_size", *GRID_SWITCHES)}
     args = replace(args, **own)
     validate(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")

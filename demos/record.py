@@ -58,7 +58,7 @@ def grid_expert(env, obs):
     closer = [a for a, (dr, dc) in enumerate(grid.MOVES[:4])
               if 0 <= row + dr < grid.size and 0 <= column + dc < grid.size
               and distance[row + dr, column + dc] == distance[row, column] - 1
-              and not grid.walls[row + dr, column + dc]]  # fmt: skip
+              and not grid.walls[row + dr, column + dc]]
     return int(env.np_random.choice(closer))
 
 
@@ -94,12 +94,13 @@ def record(args: Args) -> dict[str, np.ndarray]:
     dtypes = {"observations": np.float32, "actions": np.int64, "rewards": np.float32}
     arrays = {name: np.asarray(values, dtypes.get(name, bool)) for name, values in columns.items()}
     return arrays | {"episode_lengths": np.array(lengths), "env_id": np.array(args.env_id),
-                     "num_actions": np.array(env.action_space.n)}  # fmt: skip
+                     "num_actions": np.array(env.action_space.n)}
 
 
 def episode_returns(arrays: dict[str, np.ndarray]) -> np.ndarray:
     """Undiscounted return of each episode."""
-    return np.add.reduceat(arrays["rewards"].astype(np.float64), np.cumsum(arrays["episode_lengths"]) - arrays["episode_lengths"])
+    first = np.cumsum(arrays["episode_lengths"]) - arrays["episode_lengths"]
+    return np.add.reduceat(arrays["rewards"].astype(np.float64), first)
 
 
 def main():
@@ -108,7 +109,7 @@ def main():
     arrays = record(args)
     returns, least = episode_returns(arrays), EXPERTS[args.env_id][2]
     print(f"{args.env_id}: {len(returns)} episodes, {arrays['episode_lengths'].sum()} transitions, "
-          f"return {returns.mean():.1f} ± {returns.std():.1f}, {time.time() - start:.0f} s")  # fmt: skip
+          f"return {returns.mean():.1f} ± {returns.std():.1f}, {time.time() - start:.0f} s")
     assert returns.mean() >= least, f"mean return {returns.mean():.1f} below {least}: nothing written"
     switches = [s for s in ("random_walls", "random_start", "random_goal") if getattr(args, s)]
     name = args.env_id + "".join("-" + s.replace("_", "-") for s in switches)

@@ -1,0 +1,80 @@
+"""Run many trainings two at a time, one core each, and keep a csv of their final lines; a second call goes on."""
+import csv
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+FINAL = re.compile(r"final eval_return=(?P<eval_return>\S+) std=(?P<std>\S+) episodes=(?P<episodes>\d+) "
+                   r"expert=(?P<expert>\S+) random=(?P<random>\S+) normalized=(?P<normalized>\S+) steps=(?P<steps>\d+) "
+                   r"updates=(?P<updates>\d+) seconds=(?P<seconds>\S+) run_dir=(?P<run_dir>\S+)")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a csv file, none if it is not there."""
+    if not path.exists():
+        return []
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write rows as a csv file, atomically."""
+    with open(path.with_suffix(".tmp"), "w", newline="") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def run_all(jobs: list[tuple[dict, str]], path: Path, after=None, workers: int = 2) -> list[dict]:
+    """Run `(labels, command line after python)` jobs that `path` does not hold yet, and append a row for each.
+
+    Args:
+        after: called with the run's directory for further columns.
+    """
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    rows, lock = read_rows(path), threading.Lock()
+    done = {tuple(row[name] for name in labels) for labels, _ in jobs for row in rows if labels.keys() <= row.keys()}
+    todo = [(labels, command) for labels, command in jobs if tuple(map(str, labels.values())) not in done]
+    bar = tqdm(total=len(todo), desc=path.stem, unit="run")
+    cores = list(range(workers))
+
+    def work(job):
+        labels, command = job
+        with lock:
+            core = cores.pop()
+        try:
+            run = subprocess.run(["taskset", "-c", str(core), sys.executable, *shlex.split(command)], cwd=ROOT, text=True,
+                                 capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            if run.returncode:
+                raise RuntimeError(f"{command}: exit status {run.returncode}: {run.stderr[-500:]}")
+            row = FINAL.search(run.stdout).groupdict()
+            run_dir = Path(row.pop("run_dir"))
+            row |= after(ROOT / run_dir) if after else {}
+        finally:
+            with lock:
+                cores.append(core)
+        with lock:
+            rows.append(labels | row | {"commit": commit.stdout.strip(), "command": f"python {command}"})
+            write_rows(path, rows)
+            bar.update()
+
+    with ThreadPoolExecutor(workers) as pool:
+        for result in [pool.submit(work, job) for job in todo]:
+            result.result()
+    return read_rows(path)
+
+
+def mean_sd(rows: list[dict], name: str, digits: int = 1) -> str:
+    """`mean ± standard deviation` over rows."""
+    values = np.array([float(row[name]) for row in rows])
+    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"

@@ -1,0 +1,97 @@
+"""Table of `iq_discrete.py`: CartPole, Acrobot, LunarLander and GridWorld beside cloning; last score, 5 seeds.
+
+    python reproduce/discrete.py
+
+Writes discrete.csv, a row for each run, and discrete.md, the table. Seeds 101 to 105 were not tuned on.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from common import ROOT, mean_sd, run_all
+
+sys.path.insert(0, str(ROOT))
+import iq_discrete
+
+FOLDER = Path(__file__).resolve().parent
+SEEDS = range(101, 106)
+TASKS = {  # name: (flags, numbers of demonstrations)
+    "CartPole, 1 in 20": ("--env-id CartPole-v1 --subsample-freq 20", (1, 10)),
+    "Acrobot": ("--env-id Acrobot-v1", (1, 10)),
+    "LunarLander": ("--env-id LunarLander-v3", (1, 10)),
+    "GridWorld, fixed": ("--env-id GridWorld-v0", (1, 10)),
+    "GridWorld, fixed, 200 updates": ("--env-id GridWorld-v0 --total-timesteps 200 --checkpoint-every 0", (10,)),
+    "GridWorld, random walls, MLP": ("--env-id GridWorld-v0 --random-walls", (0,)),
+    "GridWorld, random walls, CNN": ("--env-id GridWorld-v0 --random-walls --network cnn --hidden-size 32", (0,)),
+    "GridWorld, all random, CNN": ("--env-id GridWorld-v0 --random-walls --random-start --random-goal --network cnn "
+                                   "--hidden-size 32", (0,)),
+}
+METHODS = {"iq": "", "bc": "--objective bc"}
+
+
+def grid_scores(run_dir: Path) -> dict:
+    """Success and path length over shortest distance (of the successes), on 100 grids that no demonstration has."""
+    network, saved = iq_discrete.load_model(str(run_dir / "model.pt"))
+    if saved["env_id"] != "GridWorld-v0":
+        return {}
+    args = iq_discrete.Args(**saved["args"])
+    with np.load(iq_discrete.demonstrations_path(args)) as file:
+        shown = {planes[0].tobytes() + planes[2].tobytes() for planes in file["observations"]}
+    env = iq_discrete.make_envs(args, 1).envs[0]
+    successes, ratios, seed = 0, [], 10_000_000
+    while len(ratios) < 100:
+        obs, _ = env.reset(seed=seed)
+        seed += 1
+        if args.random_walls and obs[0].tobytes() + obs[2].tobytes() in shown:
+            continue
+        grid = env.unwrapped
+        shortest, steps, ended = grid.distances(grid.walls, grid.goal)[grid.agent], 0, False
+        while not ended:
+            with torch.no_grad():
+                action = int(network(torch.as_tensor(obs)[None]).argmax())
+            obs, _, terminated, truncated, _ = env.step(action)
+            steps, ended = steps + 1, terminated or truncated
+        successes += terminated
+        ratios.append(steps / shortest if terminated else np.nan)
+    return {"success": successes / 100, "distance_ratio": float(np.nanmean(ratios)) if successes else np.nan}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: one line for each task and number of demonstrations."""
+    lines = ["| task | demonstrations | IQ-Learn | cloning | expert | random | normalized | steps | success | ratio |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
+    for task, (_, numbers) in TASKS.items():
+        for n in numbers:
+            iq, bc = ([r for r in rows if r["task"] == task and r["demos"] == str(n) and r["method"] == method]
+                      for method in METHODS)
+            if iq and bc:
+                digits = 3 if "GridWorld" in task else 1
+                grid = [mean_sd(iq, name, 2) for name in ("success", "distance_ratio")] if iq[0].get("success") else ["", ""]
+                lines.append(f"| {task} | {n or 'all'} | {mean_sd(iq, 'eval_return', digits)} | "
+                             f"{mean_sd(bc, 'eval_return', digits)} | {mean_sd(iq, 'expert', digits)} | "
+                             f"{mean_sd(iq, 'random', digits)} | {mean_sd(iq, 'normalized', 3)} | {iq[0]['steps']} | "
+                             f"{grid[0]} | {grid[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(workers: int = 2, only: str = ""):
+    """Run what is missing; `only` keeps the tasks whose name contains it."""
+    jobs = []
+    for task, (flags, numbers) in TASKS.items():
+        for n in numbers:
+            for method, more in METHODS.items():
+                for seed in SEEDS:
+                    if only in task:
+                        command = f"iq_discrete.py {flags} --num-demos {n} --seed {seed} --eval-episodes 20 {more}".strip()
+                        name = command.removeprefix("iq_discrete.py ").replace("--", "").replace(" ", "_")
+                        jobs.append(({"task": task, "demos": n, "method": method, "seed": seed},
+                                     f"{command} --run-name {name}"))
+    rows = run_all(jobs, FOLDER / "discrete.csv", grid_scores, workers)
+    (FOLDER / "discrete.md").write_text(table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,150 @@
+"""How much of the training loop is the bare work, sampling at two replay sizes, bytes per transition, peak memory.
+
+    OMP_NUM_THREADS=1 taskset -c 0 python reproduce/speed.py
+
+The bare work is forward, backward and optimiser step of the same network on a batch that is in place. The loop is
+`train()` with the environment stubbed and evaluation off. Both take turns; medians go to speed.csv and speed.md.
+"""
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import ROOT, write_rows
+from gymnasium.spaces import Box, Discrete
+
+sys.path.insert(0, str(ROOT))
+import iq_atari
+import iq_discrete
+
+FOLDER = Path(__file__).resolve().parent
+ROUNDS = 7
+
+
+class StubEnvs:
+    """A vector environment that costs nothing: the same observation, episodes that never end."""
+
+    def __init__(self, num_envs: int, obs_shape: tuple[int, ...], dtype, num_actions: int):
+        self.single_observation_space, self.single_action_space = Box(0, 255, obs_shape, dtype), Discrete(num_actions)
+        self.obs = np.ones((num_envs, *obs_shape), dtype)
+        self.never, self.reward, self.metadata = np.zeros(num_envs, bool), np.zeros(num_envs), {}
+
+    def reset(self, seed=None):
+        return self.obs, {}
+
+    def step(self, action):
+        return self.obs, self.reward, self.never, self.never, {}
+
+    def close(self):
+        pass
+
+
+def loop_seconds(module, args, envs) -> float:
+    """Seconds for one update of `train(args)` with stubbed environments."""
+    module.make_envs = lambda *_: envs
+    start, first = None, None
+    make_update, count = module.make_update, [0]
+
+    def counted(*parts):
+        update = make_update(*parts)
+
+        def one(*batch):
+            nonlocal start, first
+            count[0] += 1
+            if count[0] == 1 + args.pretrain_updates // 10:  # the first ones allocate
+                start, first = time.perf_counter(), count[0]
+            return update(*batch)
+
+        return one
+
+    module.make_update = counted
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            module.train(module.replace(args, out_dir=folder))
+            return (time.perf_counter() - start) / (count[0] - first + 1)
+    finally:
+        module.make_update = make_update
+
+
+def bare_seconds(network, obs: torch.Tensor, rate: float, updates: int) -> float:
+    """Seconds for forward, backward and Adam on `obs` and as many next observations, in place."""
+    optimizer = torch.optim.Adam(network.parameters(), lr=rate, fused=True)
+    both = torch.cat([obs, obs])
+    for i in range(updates + updates // 10):
+        if i == updates // 10:
+            start = time.perf_counter()
+        loss = network(both).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return (time.perf_counter() - start) / updates
+
+
+def cases():
+    """name, script, settings, observation shape, batch rows of one update, updates in a round."""
+    cartpole = iq_discrete.Args(eval_every=0, checkpoint_every=0, save_model=False, num_demos=10, total_timesteps=3000)
+    yield "CartPole, online", iq_discrete, cartpole, (4,), 2 * cartpole.batch_size, 3000
+    for name, change in (("Pong, demonstrations alone", {"pretrain_updates": 60, "total_timesteps": 0}),
+                         ("Pong, online", {"pretrain_updates": 0, "total_timesteps": 480, "num_envs": 8,
+                                           "updates_per_step": 0.125, "buffer_size": 2000, "chi2_rows": "both",
+                                           "value_loss": "value"})):
+        atari = iq_atari.Args(eval_every=0, checkpoint_every=0, save_model=False, num_demos=2, **change)
+        yield name, iq_atari, atari, (4, 84, 84), atari.batch_size * (2 if "online" in name else 1), 60
+
+
+def sampling_seconds(module, size: int) -> float:
+    """Seconds to sample a batch from a full replay; Atari's is filled by pointers alone where memory would not hold it."""
+    replay = module.Replay(size, [((4,), torch.float32), ((), torch.int64), ((4,), torch.float32), ((), torch.float32)],
+                           "cpu")
+    for field in replay.storage:
+        field.random_(0, 2)  # touch the memory
+    replay.written = size
+    times = []
+    for _ in range(2000):
+        start = time.perf_counter()
+        replay.sample(32)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def main():
+    rows = []
+    for name, module, args, shape, batch, updates in cases():
+        make_envs = module.make_envs
+        actions = 2 if module is iq_discrete else 6
+        dtype = np.float32 if module is iq_discrete else np.uint8
+        if module is iq_atari:  # loading plays games again: once, and then the same frames
+            loaded = iq_atari.load_demonstrations(args, 6, torch.device("cpu"))
+            iq_atari.load_demonstrations = lambda *_, loaded=loaded: loaded
+        bare, loop = [], []
+        for _ in range(ROUNDS):
+            network = (iq_discrete.QNetwork(shape, actions, args.network, args.hidden_size)
+                       if module is iq_discrete else iq_atari.QNetwork(actions))
+            if module is iq_atari:
+                network.autocast = args.bfloat16 and iq_atari.has_bfloat16(torch.device("cpu"))
+            obs = torch.rand(batch, *shape) if module is iq_discrete else torch.randint(0, 255, (batch, *shape)).byte()
+            bare.append(bare_seconds(network, obs, args.learning_rate, updates))
+            loop.append(loop_seconds(module, args, StubEnvs(args.num_envs, shape, dtype, actions)))
+        module.make_envs = make_envs
+        bare, loop = np.median(bare), np.median(loop)
+        rows += [{"what": f"{name}: bare work, ms", "value": round(1e3 * bare, 3)},
+                 {"what": f"{name}: training loop, ms", "value": round(1e3 * loop, 3)},
+                 {"what": f"{name}: bare / loop", "value": round(bare / loop, 2)},
+                 {"what": f"{name}: updates per second", "value": round(1 / loop, 1)}]
+    for size in (10**4, 10**6, 10**4, 10**6):
+        rows.append({"what": f"CartPole: sample 32 of {size:,}, µs", "value": round(1e6 * sampling_seconds(iq_discrete, size), 1)})
+    replay = iq_atari.Replay(8000, 8, "cpu")
+    size = sum(v.numel() * v.element_size() for v in vars(replay).values() if isinstance(v, torch.Tensor))
+    rows.append({"what": "Atari replay, bytes per transition", "value": size / 8000})
+    rows.append({"what": "this process's peak memory, MB", "value": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024})
+    write_rows(FOLDER / "speed.csv", rows)
+    text = "| what | median |\n|---|---|\n" + "".join(f"| {r['what']} | {r['value']} |\n" for r in rows)
+    (FOLDER / "speed.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What the scripts share by copy stays the same: a fix goes into every file, or the difference is listed here."""
+import ast
+import itertools
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path.name for path in ROOT.glob("iq_*.py"))
+PAIRS = list(itertools.combinations(SCRIPTS, 2))
+SECTIONS = ["Args", "Environment", "Networks", "Demonstrations and replay", "IQ objective", "Evaluate", "Train"]
+
+# Top-level functions and classes that two scripts both have and that differ on purpose, with the reason.
+INTENDED = {
+    ("iq_atari.py", "iq_discrete.py"): {
+        "validate": "other flags",
+        "env_name": "Atari ids carry NoFrameskip",
+        "make_envs": "the emulator's own vector environment",
+        "QNetwork": "convolutions over frames",
+        "Demonstrations": "frames are kept once, transitions are indices into them",
+        "demonstrations_path": "one file serves both spellings of a game; no grid",
+        "load_demonstrations": "recorded actions are simulated again",
+        "draw": "stacks are rebuilt from frames",
+        "Replay": "single frames",
+        "iq_loss": "chi2 alone",
+        "evaluate": "uint8 observations, grey video frames",
+        "make_update": "no observation noise",
+        "train": "frames, bfloat16",
+        "play": "no grid switches",
+    },
+}
+# The same for fields of Args that both have: default, type or comment.
+INTENDED_FIELDS = {
+    ("iq_atari.py", "iq_discrete.py"): {
+        "env_id": "the task", "pretrain_updates": "", "total_timesteps": "", "num_envs": "", "num_demos": "",
+        "dones_are": "a file of frames", "temperature": "the published settings", "divergence": "chi2 alone",
+        "chi2_alpha": "chi2 alone", "learning_rate": "", "batch_size": "", "updates_per_step": "", "buffer_size": "",
+        "eval_every": "", "eval_episodes": "", "seed": "the comment",
+    },
+}
+
+
+def definitions(script: str) -> dict[str, str]:
+    """Source of each top-level function and class, without docstring, layout and comments."""
+    found = {}
+    for node in ast.parse((ROOT / script).read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "Args":
+            for part in ast.walk(node):
+                if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part) is not None:
+                    part.body = part.body[1:] or [ast.Pass()]
+            found[node.name] = ast.unparse(node)
+    return found
+
+
+def fields(script: str) -> dict[str, str]:
+    """The line of each field of Args, its comment included."""
+    source = (ROOT / script).read_text()
+    args = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    lines = source.splitlines()
+    return {n.target.id: lines[n.lineno - 1].strip() for n in args.body if isinstance(n, ast.AnnAssign)}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("read, table", [(definitions, INTENDED), (fields, INTENDED_FIELDS)])
+def test_same_or_listed(pair, read, table):
+    one, other = map(read, pair)
+    different = {name for name in one.keys() & other.keys() if one[name] != other[name]}
+    listed = set(table.get(pair, {}))
+    assert different - listed == set(), "changed in one file alone"
+    assert listed - different == set(), "listed as different, and the same"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_sections_in_order(script):
+    banners = [line.strip("# -") for line in (ROOT / script).read_text().splitlines() if line.startswith("# ----")]
+    assert banners == SECTIONS
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_fields_in_the_same_order(pair):
+    one, other = (list(fields(script)) for script in pair)
+    shared = [name for name in one if name in other]
+    assert shared == [name for name in other if name in one]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_imports_nothing_of_this_repository(script):
+    own = {path.stem for path in ROOT.glob("*.py")} | {"tests", "demos", "reproduce"}
+    for node in ast.walk(ast.parse((ROOT / script).read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        assert not {name.split(".")[0] for name in names} & own
