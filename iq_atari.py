@@ -64,8 +64,9 @@ class Args:
     chi2_rows: Literal["expert", "both"] = "both"  # rows whose r² is penalised
     value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "value"  # form of the second term
     target_rate: float = 0.0  # Polyak rate of a target network for V(s'); 0: none, V(s') has gradient
-    average_rate: float = 0.0  # rate of the moving average that is evaluated and saved; 0: the network
+    average_rate: float = 0.001  # rate of the moving average that is evaluated and saved; 0: the network
     # The network
+    standardize_obs: bool = True  # subtract the demonstrations' mean frame and scale up what is left
     bfloat16: bool = True  # autocast the convolutions where the hardware has bfloat16; the last layer stays float32
     # Optimisation
     learning_rate: float = 1e-4  # of Adam
@@ -177,20 +178,30 @@ class QNetwork(nn.Module):
         super().__init__()
         self.sizes = {"num_actions": num_actions}
         self.autocast = False
+        self.register_buffer("obs_mean", torch.zeros(84, 84))
+        self.register_buffer("obs_std", torch.tensor(255.0))
         self.layers = nn.Sequential(
-            nn.Conv2d(4, 32, 8, stride=4), nn.ReLU(),
-            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
-            nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(),
+            orthogonal(nn.Conv2d(4, 32, 8, stride=4)), nn.ReLU(),
+            orthogonal(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
+            orthogonal(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(64 * 7 * 7, 512), nn.ReLU(),
+            orthogonal(nn.Linear(64 * 7 * 7, 512)), nn.ReLU(),
         ).to(memory_format=torch.channels_last)
-        self.head = nn.Linear(512, num_actions)
+        self.head = orthogonal(nn.Linear(512, num_actions), gain=0.01)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        dtype = torch.bfloat16 if self.autocast else torch.float32
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.autocast):
-            features = self.layers(obs.to(dtype, memory_format=torch.channels_last) / 255)
+            dtype = torch.bfloat16 if self.autocast else torch.float32
+            obs = obs.to(dtype, memory_format=torch.channels_last)
+            features = self.layers((obs - self.obs_mean.to(dtype)) / self.obs_std.to(dtype))
         return self.head(features.float())
+
+
+def orthogonal(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+    """The layer with orthogonal weights and no bias; torch's own initialisation lets the signal fade with depth."""
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -735,6 +746,10 @@ def train(args: Args) -> Path:
     num_actions = int(envs.single_action_space.n)
     demos = load_demonstrations(args, num_actions, device)
     network = QNetwork(num_actions).to(device)
+    if args.standardize_obs:
+        sample = demos.frames[0, :: max(1, demos.frames.shape[1] // 2000)].float()
+        network.obs_mean.copy_(sample.mean(0))
+        network.obs_std.fill_(64.0)  # a quarter of the range: smaller steps of grey count for more
     network.autocast = args.bfloat16 and has_bfloat16(device)
     print(f"network in {'bfloat16' if network.autocast else 'float32'}", flush=True)
     target = deepcopy(network) if args.target_rate else None

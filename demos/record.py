@@ -1,10 +1,12 @@
-"""Make a bundled demonstration file again from nothing: an expert, whole consecutive episodes, a check, the file.
+"""Make a bundled demonstration file again from nothing: an expert, whole consecutive episodes, two checks, the file.
 
     python demos/record.py --env-id CartPole-v1
 
-Every episode that is played is kept, in order. Returns are checked before anything is written.
+Every episode that is played is kept, in order. Before anything is written the mean return must reach the least that the
+table below asks for, and a clone of the demonstrations must come near it: what cannot be copied teaches nothing.
 """
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,12 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import iq_discrete  # noqa: E402  registers GridWorld-v0
+import iq_atari
+import iq_discrete
 
 FOLDER = Path(__file__).resolve().parent
+CARTPOLE_GAINS = np.array([0.24, 0.20, 1.0, 0.57])  # of position, velocity, angle, angular velocity
+GRID_SWITCHES = ("random_walls", "random_start", "random_goal")
 
 
 @dataclass
@@ -28,14 +33,13 @@ class Args:
     random_start: bool = False  # GridWorld-v0: a new start each episode
     random_goal: bool = False  # GridWorld-v0: a new goal each episode
     out: Path | None = None  # the file to write (default: in this folder, named after the environment)
+    clone_updates: int | None = None  # updates of the clone that is checked (default: the table's); 0 for no clone
+    cache: Path = Path("runs/pong_expert")  # where the Pong expert's training is kept
 
 
 def cartpole_expert(env, obs):
     """A saturated linear controller with weak damping: it keeps the pole up while the cart sways on and on."""
     return int(CARTPOLE_GAINS @ obs > 0)
-
-
-CARTPOLE_GAINS = np.array([0.24, 0.20, 1.0, 0.57])
 
 
 def acrobot_expert(env, obs):
@@ -54,31 +58,37 @@ def grid_expert(env, obs):
     """A shortest path to the goal; of several equally short moves one at random."""
     grid = env.unwrapped
     distance = grid.distances(grid.walls, grid.goal)
-    row, column = grid.agent
-    closer = [a for a, (dr, dc) in enumerate(grid.MOVES[:4])
-              if 0 <= row + dr < grid.size and 0 <= column + dc < grid.size
-              and distance[row + dr, column + dc] == distance[row, column] - 1
-              and not grid.walls[row + dr, column + dc]]
+    here = np.array(grid.agent)
+    closer = [action for action, move in enumerate(grid.MOVES[:4])
+              if ((here + move >= 0) & (here + move < grid.size)).all()
+              and distance[tuple(here + move)] == distance[grid.agent] - 1]
     return int(env.np_random.choice(closer))
 
 
-# environment: expert, episodes in the bundled file, the least mean return that is written
-EXPERTS = {
-    "CartPole-v1": (cartpole_expert, 30, 500.0),
-    "Acrobot-v1": (acrobot_expert, 30, -85.0),
-    "LunarLander-v3": (lunar_lander_expert, 30, 250.0),
-    "GridWorld-v0": (grid_expert, 30, 1.0),
+# environment: expert, episodes in the bundled file, least mean return, updates of the clone, its least normalized return
+TABLE = {
+    "CartPole-v1": (cartpole_expert, 30, 500.0, 5_000, 0.9),
+    "Acrobot-v1": (acrobot_expert, 30, -85.0, 5_000, 0.9),
+    "LunarLander-v3": (lunar_lander_expert, 30, 250.0, 20_000, 0.8),
+    "GridWorld-v0": (grid_expert, 30, 1.0, 5_000, 0.9),
+    "PongNoFrameskip-v4": (None, 36, 19.0, 30_000, 0.5),
 }
+RANDOM_GRIDS = 1_000  # episodes where walls, start or goal are random: most of what a clone needs is more grids
 
 
 def record(args: Args) -> dict[str, np.ndarray]:
     """Play whole episodes one after another and return the arrays of the demonstration format."""
-    expert, episodes, _ = EXPERTS[args.env_id]
-    switches = {name: getattr(args, name) for name in ("random_walls", "random_start", "random_goal")}
-    env = gym.make(args.env_id, **(switches if args.env_id == "GridWorld-v0" else {}))
+    expert, episodes, *_ = TABLE[args.env_id]
+    switches = {name: getattr(args, name) for name in GRID_SWITCHES if getattr(args, name)}
+    episodes = args.episodes or (RANDOM_GRIDS if switches else episodes)
+    if expert is None:
+        import pong
+
+        return pong.record(episodes, args.seed, args.cache)
+    env = gym.make(args.env_id, **switches)
     columns = {name: [] for name in ("observations", "actions", "terminations", "truncations", "rewards")}
     lengths = []
-    for episode in range(args.episodes or episodes):
+    for episode in range(episodes):
         # CartPole starts disturbed, four times as far out as usual, so that recoveries are shown too.
         options = {"low": -0.2, "high": 0.2} if args.env_id == "CartPole-v1" else None
         obs, _ = env.reset(seed=args.seed + episode, options=options)
@@ -99,21 +109,45 @@ def record(args: Args) -> dict[str, np.ndarray]:
 
 def episode_returns(arrays: dict[str, np.ndarray]) -> np.ndarray:
     """Undiscounted return of each episode."""
+    if "returns" in arrays:
+        return arrays["returns"]
     first = np.cumsum(arrays["episode_lengths"]) - arrays["episode_lengths"]
     return np.add.reduceat(arrays["rewards"].astype(np.float64), first)
+
+
+def clone_normalized(args: Args, path: Path, folder: str, updates: int) -> float:
+    """Normalized return of behavioural cloning on all the demonstrations of `path`."""
+    module = iq_atari if args.env_id.startswith("Pong") else iq_discrete
+    switches = {name: getattr(args, name) for name in GRID_SWITCHES} if module is iq_discrete else {}
+    settings = module.Args(env_id=args.env_id, demos=str(path), num_demos=0, objective="bc", pretrain_updates=updates,
+                           total_timesteps=0, eval_every=updates, out_dir=folder, run_name="clone", **switches)
+    if any(switches.values()):
+        settings = module.replace(settings, network="cnn", hidden_size=32)
+    module.train(settings)
+    _, saved = module.load_model(f"{folder}/clone/model.pt")
+    row = (Path(folder) / "clone" / "metrics.csv").read_text().splitlines()[-1].split(",")
+    return (float(row[2]) - saved["random_return"]) / (saved["expert_return"] - saved["random_return"])
 
 
 def main():
     args = tyro.cli(Args)
     start = time.time()
     arrays = record(args)
-    returns, least = episode_returns(arrays), EXPERTS[args.env_id][2]
+    _, _, least, clone_updates, clone_least = TABLE[args.env_id]
+    returns = episode_returns(arrays)
     print(f"{args.env_id}: {len(returns)} episodes, {arrays['episode_lengths'].sum()} transitions, "
-          f"return {returns.mean():.1f} ± {returns.std():.1f}, {time.time() - start:.0f} s")
+          f"return {returns.mean():.1f} ± {returns.std():.1f}, {(time.time() - start) / 60:.1f} minutes")
     assert returns.mean() >= least, f"mean return {returns.mean():.1f} below {least}: nothing written"
-    switches = [s for s in ("random_walls", "random_start", "random_goal") if getattr(args, s)]
-    name = args.env_id + "".join("-" + s.replace("_", "-") for s in switches)
-    np.savez_compressed(args.out or FOLDER / f"{name}.npz", **arrays)
+    name = args.env_id + "".join("-" + s.replace("_", "-") for s in GRID_SWITCHES if getattr(args, s))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.npz"
+        np.savez_compressed(path, **arrays)
+        clone_updates = clone_updates if args.clone_updates is None else args.clone_updates
+        if clone_updates:
+            clone = clone_normalized(args, path, folder, clone_updates)
+            print(f"a clone of them reaches a normalized return of {clone:.2f}")
+            assert clone >= clone_least, f"the clone is below {clone_least}: nothing written"
+        (args.out or FOLDER / f"{name}.npz").write_bytes(path.read_bytes())
 
 
 if __name__ == "__main__":

@@ -58,12 +58,12 @@ def run_all(jobs: list[tuple[dict, str]], path: Path, after=None, workers: int =
             if run.returncode:
                 raise RuntimeError(f"{command}: exit status {run.returncode}: {run.stderr[-500:]}")
             row = FINAL.search(run.stdout).groupdict()
-            run_dir = Path(row.pop("run_dir"))
-            row |= after(ROOT / run_dir) if after else {}
         finally:
             with lock:
                 cores.append(core)
         with lock:
+            run_dir = ROOT / row.pop("run_dir")
+            row |= after(run_dir) if after else {}
             rows.append(labels | row | {"commit": commit.stdout.strip(), "command": f"python {command}"})
             write_rows(path, rows)
             bar.update()

@@ -95,10 +95,10 @@ def cases():
         yield name, iq_atari, atari, (4, 84, 84), atari.batch_size * (2 if "online" in name else 1), 60
 
 
-def sampling_seconds(module, size: int) -> float:
-    """Seconds to sample a batch from a full replay; Atari's is filled by pointers alone where memory would not hold it."""
-    replay = module.Replay(size, [((4,), torch.float32), ((), torch.int64), ((4,), torch.float32), ((), torch.float32)],
-                           "cpu")
+def sampling_seconds(size: int) -> float:
+    """Seconds to sample a batch of CartPole's from a full replay."""
+    shapes = [((4,), torch.float32), ((), torch.int64), ((4,), torch.float32), ((), torch.float32)]
+    replay = iq_discrete.Replay(size, shapes, "cpu")
     for field in replay.storage:
         field.random_(0, 2)  # touch the memory
     replay.written = size
@@ -135,11 +135,13 @@ def main():
                  {"what": f"{name}: bare / loop", "value": round(bare / loop, 2)},
                  {"what": f"{name}: updates per second", "value": round(1 / loop, 1)}]
     for size in (10**4, 10**6, 10**4, 10**6):
-        rows.append({"what": f"CartPole: sample 32 of {size:,}, µs", "value": round(1e6 * sampling_seconds(iq_discrete, size), 1)})
+        microseconds = round(1e6 * sampling_seconds(size), 1)
+        rows.append({"what": f"CartPole: sample 32 of {size:,}, µs", "value": microseconds})
     replay = iq_atari.Replay(8000, 8, "cpu")
     size = sum(v.numel() * v.element_size() for v in vars(replay).values() if isinstance(v, torch.Tensor))
     rows.append({"what": "Atari replay, bytes per transition", "value": size / 8000})
-    rows.append({"what": "this process's peak memory, MB", "value": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024})
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    rows.append({"what": "this process's peak memory, MB", "value": peak})
     write_rows(FOLDER / "speed.csv", rows)
     text = "| what | median |\n|---|---|\n" + "".join(f"| {r['what']} | {r['value']} |\n" for r in rows)
     (FOLDER / "speed.md").write_text(text)

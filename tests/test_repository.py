@@ -1,0 +1,82 @@
+"""The README, the requirements and the results agree with the code and with each other."""
+import csv
+import dataclasses
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path.stem for path in ROOT.glob("iq_*.py"))
+README = (ROOT / "README.md").read_text()
+sys.path.insert(0, str(ROOT / "reproduce"))
+
+
+def pinned(text: str) -> dict[str, str]:
+    return dict(re.findall(r"([a-z-]+)(?:\[[a-z0-9,-]+\])?==([\d.]+)", text))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_inline_metadata_agrees_with_requirements(script):
+    head = re.match(r"# /// script\n((?:#.*\n)+?)# ///\n", (ROOT / f"{script}.py").read_text()).group(1)
+    metadata = tomllib.loads("".join(line[2:] or "\n" for line in head.splitlines(keepends=True)))
+    own, tested = pinned(" ".join(metadata["dependencies"])), pinned((ROOT / "requirements.txt").read_text())
+    assert len(own) == len(metadata["dependencies"]) and own.items() <= tested.items()
+    imported = set(re.findall(r"^ *(?:import|from) (\w+)", (ROOT / f"{script}.py").read_text(), re.M))
+    third_party = {name for name in imported if name not in sys.stdlib_module_names} - {"minari"}
+    assert third_party == {name.replace("-", "_") for name in own}
+
+
+def test_every_flag_in_the_readme_exists():
+    known = {f"--{field.name.replace('_', '-')}" for script in SCRIPTS
+             for field in dataclasses.fields(importlib.import_module(script).Args)}
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) - {"--help"}
+    assert used <= known, used - known
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_field_has_a_comment_that_help_prints(script):
+    source = (ROOT / f"{script}.py").read_text()
+    for field in dataclasses.fields(importlib.import_module(script).Args):
+        assert re.search(rf"^    {field.name}: .+  # \w", source, re.M), field.name
+
+
+def test_the_readme_is_short_and_has_one_line_for_each_set_up_command():
+    assert len(README.splitlines()) <= 150
+    commands = re.findall(r"^pip install .*$", README, re.M)
+    assert len(commands) == 2 and "iq_atari.py" in commands[0] and commands[1].endswith("pytest")
+
+
+@pytest.mark.parametrize("name", ["discrete", "pong"])
+def test_the_tables_are_made_from_the_csv_files(name):
+    """reproduce/<name>.md is what <name>.csv gives, and every line of the README's tables stands in such a table."""
+    module = importlib.import_module(name)
+    with open(ROOT / "reproduce" / f"{name}.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert all(row["commit"] and row["command"] for row in rows)
+    assert module.table(rows) == (ROOT / "reproduce" / f"{name}.md").read_text()
+    lines = [line for line in (ROOT / "reproduce" / f"{name}.md").read_text().splitlines() if not set(line) <= set("|- ")]
+    assert set(lines) <= set(README.splitlines())
+
+
+def test_demonstrations_are_small_and_as_their_readme_says():
+    files = sorted((ROOT / "demos").glob("*.npz"))
+    assert sum(path.stat().st_size for path in files) < 10e6
+    text = (ROOT / "demos" / "README.md").read_text()
+    for path in files:
+        data = np.load(path)
+        first = np.cumsum(data["episode_lengths"]) - data["episode_lengths"]
+        returns = data["returns"] if "returns" in data else np.add.reduceat(data["rewards"].astype(float), first)
+        line = next(line for line in text.splitlines() if line.startswith(f"| `{path.name}`"))
+        assert f"| {len(returns)} | {returns.mean():.1f} ± {returns.std():.1f} |" in line
+        assert len(returns) >= 30
+
+
+def test_ruff_finds_nothing():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", ROOT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
