@@ -47,7 +47,7 @@ class Args:
     # The task
     env_id: str = "PongNoFrameskip-v4"  # XNoFrameskip-v4 or ALE/X-v5 of any game that the emulator has
     seed: int = 1  # of everything: demonstrations drawn, network, games
-    pretrain_updates: int = 20_000  # updates on demonstrations alone, before any play
+    pretrain_updates: int = 12_000  # updates on demonstrations alone, before any play
     total_timesteps: int = 0  # decisions (4 frames each) of play after that, summed over the environments
     num_envs: int = 8  # games played side by side
     # Demonstrations
@@ -74,7 +74,7 @@ class Args:
     buffer_size: int = 200_000  # transitions of the agent's own that are kept
     updates_per_step: float = 0.25  # gradient updates per environment step (bc: that many, and no step)
     # The run
-    eval_every: int = 5_000  # steps (before play: updates) between evaluations; 0: none at all
+    eval_every: int = 4_000  # steps (before play: updates) between evaluations; 0: none at all
     eval_episodes: int = 10  # episodes of an evaluation
     out_dir: str = "runs"  # where run directories go
     run_name: str | None = None  # the run's directory (default: environment, script, seed, time)
@@ -120,9 +120,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         return tyro.cli(Args, args=argv, default=replace(Args(), **SETTINGS.get(env_name(args.env_id), {})))
     run_dir = Path(args.resume)
     check((run_dir / "checkpoint.pt").is_file(), f"--resume {run_dir}: no checkpoint.pt found there")
-    stored = json.loads((run_dir / "args.json").read_text())
-    check(stored.pop("script") == SCRIPT, f"--resume {run_dir}: that run is not one of {SCRIPT}.py")
-    stored = replace(Args(**stored), out_dir=str(run_dir.resolve().parent), run_name=run_dir.resolve().name)
+    try:
+        stored = json.loads((run_dir / "args.json").read_text())
+        script = stored.pop("script")
+        stored = Args(**stored) if script == SCRIPT else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInput(f"--resume {run_dir}: its args.json cannot be used ({error})") from None
+    check(stored is not None, f"--resume {run_dir}: a run of {script}.py, expected one of {SCRIPT}.py")
+    stored = replace(stored, out_dir=str(run_dir.resolve().parent), run_name=run_dir.resolve().name)
     args = tyro.cli(Args, args=argv, default=stored)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
@@ -137,7 +142,8 @@ def validate(args: Args) -> None:
         "at least 1": (lambda x: x >= 1, "num_envs subsample_freq batch_size buffer_size eval_episodes"),
         "at least 0": (lambda x: x >= 0, "seed pretrain_updates total_timesteps num_demos temperature eval_every "
                        "checkpoint_every"),
-        "above 0": (lambda x: x > 0, "learning_rate updates_per_step chi2_alpha"),
+        "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
+        "above 0 and finite": (lambda x: 0 < x < np.inf, "learning_rate updates_per_step chi2_alpha"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
         "from 0 to 1": (lambda x: 0 <= x <= 1, "target_rate average_rate"),
     }
@@ -233,21 +239,29 @@ class Demonstrations(NamedTuple):
     expert_return: float  # mean return of the trajectories used; NaN without rewards in the file
 
 
-def read_npz(path: str, names: list[str], optional: list[str]) -> dict[str, np.ndarray]:
-    """The named arrays of an .npz file; nothing else is read and nothing is ever unpickled.
+UNREADABLE = (ValueError, OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def read_npz(path: str, names: list[str] | None = None) -> dict[str, np.ndarray]:
+    """The named arrays of an .npz file (None: its keys alone); nothing else is read and nothing is ever unpickled.
 
     Raises:
-        BadInput: no such file, not an .npz, cut off, pickled content, or a name missing.
+        BadInput: no such file, not an .npz, cut off, pickled or other strange content, or a name missing.
     """
     check(Path(path).is_file(), f"--demos {path}: no such file")
     check(zipfile.is_zipfile(path), f"--demos {path}: not an .npz file, or one that is cut off")
     try:
         with np.load(path, allow_pickle=False) as file:
+            if names is None:
+                return dict.fromkeys(file.files)
             missing = [name for name in names if name not in file.files]
             check(not missing, f"--demos {path}: keys {missing} are missing, it has {file.files}")
-            return {name: file[name] for name in names + optional if name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = {name: file[name] for name in names}
+    except UNREADABLE as error:
         raise BadInput(f"--demos {path}: cannot be read as plain arrays: {' '.join(str(error).split())}") from None
+    strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    check(not strange, f"--demos {path}: {strange} hold something else than an array")
+    return arrays
 
 
 def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
@@ -259,12 +273,12 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
     try:
         import minari
     except ImportError:
-        raise BadInput(f"--demos {dataset_id}: a Minari dataset needs `pip install minari[hdf5]`") from None
+        raise BadInput(f"--demos {dataset_id}: a Minari dataset needs `pip install minari[hdf5,hf]`") from None
     try:
         dataset = minari.load_dataset(dataset_id, download=True)
+        episodes = list(tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc="reading", disable=None))
     except Exception as error:  # minari raises many kinds: no such dataset, no network, a broken file
         raise BadInput(f"--demos {dataset_id}: Minari cannot load it: {' '.join(str(error).split())}") from None
-    episodes = list(tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc="reading", disable=None))
     check(all(isinstance(e.observations, np.ndarray) for e in episodes),
           f"--demos {dataset_id}: its observations are not plain arrays")
     arrays = {name: np.concatenate([getattr(e, name) for e in episodes])
@@ -287,21 +301,25 @@ def demonstrations_path(args: Args) -> str:
     return str(path)
 
 
-def read_demonstrations(args: Args, names: list[str], optional: list[str]) -> tuple[str, dict[str, np.ndarray]]:
-    """Where they came from, for messages, and the named arrays. Raises BadInput (also for `dones` unexplained)."""
+def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str, np.ndarray]]:
+    """Where they came from, for messages, and the arrays of the first format whose first name is in the file, with
+    `rewards` if it is there beside observations. Raises BadInput (also for `dones` unexplained)."""
     path = demonstrations_path(args)
     where = f"--demos {path}"
     print(f"loading demonstrations from {path}", flush=True)
     if not path.endswith(".npz") and not Path(path).exists() and re.search(r"-v\d+$", path):
         return where, read_minari(path)
-    data = read_npz(path, [], ["dones"])
-    if not data:
-        return where, read_npz(path, names, optional)
+    keys = read_npz(path)
+    names = next((names for names in formats if names[0] in keys), formats[0])
+    names = names + [name for name in ("rewards",) if name in keys and "observations" in names]
+    ends = {"terminations", "truncations"}
+    if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):
+        return where, read_npz(path, names)
     check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
           "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
-    dones, no = data["dones"], np.zeros_like(data["dones"])
-    ended = args.dones_are == "terminations"
-    data = read_npz(path, [name for name in names if name not in ("terminations", "truncations")], optional)
+    data = read_npz(path, [name for name in names if name not in ends] + ["dones"])
+    dones, ended = data["dones"], args.dones_are == "terminations"
+    no = np.zeros(dones.shape, bool)
     return where, data | {"terminations": dones if ended else no, "truncations": no if ended else dones}
 
 
@@ -309,8 +327,12 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, nu
     """Episode lengths, actions, ends and environment as the format has them. Raises BadInput."""
     lengths, actions = data["episode_lengths"], data["actions"]
     check(lengths.ndim == 1 and lengths.dtype.kind in "iu" and (lengths > 0).all(),
-          f"{where}: episode_lengths must be positive integers")
+          f"{where}: episode_lengths of {lengths.dtype} and shape {lengths.shape}, beginning {lengths.reshape(-1)[:5]}, "
+          "expected positive integers")
     check(len(lengths) > 0, f"{where}: it holds no episodes")
+    check(actions.ndim > 0 and (lengths <= len(actions)).all(),
+          f"{where}: episode_lengths up to {lengths.max()}, and actions of shape {actions.shape}")
+    lengths = data["episode_lengths"] = lengths.astype(np.int64)
     for name in ("actions", "terminations", "truncations", "rewards"):
         if name in data:
             check(data[name].shape[:1] == (lengths.sum(),), f"{where}: {name} of shape {data[name].shape}, expected "
@@ -322,7 +344,11 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, nu
     for name in ("terminations", "truncations"):
         if name in data:
             check(data[name].ndim == 1 and data[name].dtype.kind in "biuf" and np.isin(data[name], (0, 1)).all(),
-                  f"{where}: {name} must be true or false")
+                  f"{where}: {name} of {data[name].dtype} and shape {data[name].shape}, beginning "
+                  f"{data[name].reshape(-1)[:5]}, expected true or false")
+    if "rewards" in data:
+        check(data["rewards"].ndim == 1 and data["rewards"].dtype.kind in "biuf",
+              f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected numbers")
     recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else "unknown"
     check(env_name(recorded) in (env_name(args.env_id), "unknown"),
           f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
@@ -355,7 +381,7 @@ def simulate(where: str, args: Args, data: dict[str, np.ndarray], chosen: np.nda
     Raises:
         BadInput: the emulator does something else than when it was recorded.
     """
-    lengths = data["episode_lengths"][chosen].astype(np.int64)
+    lengths = data["episode_lengths"][chosen]
     first = np.cumsum(data["episode_lengths"]) - data["episode_lengths"]
     actions = np.zeros((lengths.max(), len(chosen)), np.int64)
     for column, episode in enumerate(chosen):
@@ -389,14 +415,12 @@ def load_demonstrations(args: Args, num_actions: int, device) -> Demonstrations:
     Raises:
         BadInput: whatever is wrong with the file, in the fields that are read.
     """
-    frames_format = ["observations", "actions", "terminations", "truncations"]
-    names = ["episode_lengths", "env_id"]
-    where, data = read_demonstrations(args, names, [*frames_format, "seeds", "returns", "rewards"])
-    needed = frames_format if "observations" in data else ["seeds", "actions", "returns"]
-    missing = [name for name in needed if name not in data]
-    check(not missing, f"{where}: keys {missing} are missing, it has {sorted(data)}")
+    where, data = read_demonstrations(
+        args, ["observations", "actions", "terminations", "truncations", "episode_lengths", "env_id"],
+        ["seeds", "actions", "episode_lengths", "returns", "env_id"],
+    )
     check_demonstrations(where, data, args, num_actions)
-    lengths = data["episode_lengths"].astype(np.int64)
+    lengths = data["episode_lengths"]
     chosen, place, t = choose_transitions(args, lengths)
     first_action = np.cumsum(lengths) - lengths
     if "observations" in data:
@@ -411,6 +435,8 @@ def load_demonstrations(args: Args, num_actions: int, device) -> Demonstrations:
         for name, kind in (("seeds", "iu"), ("returns", "iuf")):
             check(data[name].shape == lengths.shape and data[name].dtype.kind in kind,
                   f"{where}: {name} must be one number for each of the {len(lengths)} episodes")
+        check((data["seeds"] >= 0).all() and (data["seeds"] < 2**31).all(),
+              f"{where}: seeds from {data['seeds'].min()} to {data['seeds'].max()}, expected 0 to 2^31 - 1")
         frames, terminations = simulate(where, args, data, chosen)
         first_frame = np.cumsum(lengths[chosen] + 1) - (lengths[chosen] + 1)
         terminations = terminations[(np.cumsum(lengths[chosen]) - lengths[chosen])[place] + t]
@@ -638,8 +664,7 @@ def load_model(path: str, device="cpu") -> tuple[QNetwork, dict]:
         check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py, which plays it")
         network = QNetwork(**saved["sizes"]).to(device)
         network.load_state_dict(saved["network"])
-    except (KeyError, TypeError, RuntimeError, OSError, EOFError, ValueError, zipfile.BadZipFile,
-            pickle.UnpicklingError) as error:
+    except (*UNREADABLE, LookupError, TypeError, pickle.UnpicklingError) as error:
         raise BadInput(f"{path}: not a model of {SCRIPT}.py ({type(error).__name__})") from None
     return network, saved
 
@@ -770,14 +795,21 @@ def train(args: Args) -> Path:
     run_dir = Path(args.out_dir) / name
     step, updates, seconds = 0, 0, 0.0
     if args.resume:
-        stored = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
-        for name, part in state.items():
-            part.load_state_dict(stored[name])
-        torch.set_rng_state(stored["rng"].cpu())
-        step, updates, seconds = stored["step"], stored["updates"], stored["seconds"]
+        try:
+            stored = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
+            for name, part in state.items():
+                part.load_state_dict(stored[name])
+            torch.set_rng_state(stored["rng"].cpu())
+            step, updates, seconds = stored["step"], stored["updates"], stored["seconds"]
+        except (*UNREADABLE, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+            raise BadInput(f"--resume {run_dir}: its checkpoint.pt is not one of this run "
+                           f"({type(error).__name__})") from None
     else:
         check(not run_dir.exists(), f"--run-name: {run_dir} exists already; take another name, or --resume {run_dir}")
-        run_dir.mkdir(parents=True)
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as error:
+            raise BadInput(f"--out-dir {args.out_dir}: {error}") from None
         shutil.copy(__file__, run_dir)
     (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
     metrics = Metrics(run_dir, args, step, updates, seconds)
@@ -786,18 +818,25 @@ def train(args: Args) -> Path:
     terms, returns, frames = {}, None, [] if args.capture_video else None
 
     def report(frames=None):
-        """Evaluate and write a row; nothing when a signal comes meanwhile. Exits where the loss is not finite."""
+        """Evaluate and write a row; nothing when a signal comes meanwhile."""
         nonlocal returns
+        check_finite()
+        returns = evaluate(policy, args, device, stop, frames) if args.eval_every else None
+        if stop.signum:
+            return
+        metrics.log(step, updates, returns, terms)
+        if returns is not None:
+            bar.set_postfix(eval_return=f"{returns.mean():.1f}")
+            bar.write(f"step {step}, update {updates}: eval_return {returns.mean():.1f} ± {returns.std():.1f}")
+
+    def check_finite():
         if not all(np.isfinite(float(term)) for term in terms.values()):
             print(f"{SCRIPT}.py: the loss is not finite after {updates} updates; a smaller --learning-rate or a larger "
-                  f"--temperature helps; the last checkpoint in {run_dir} is kept", file=sys.stderr)
+                  f"--temperature helps; the last checkpoint in {run_dir}, if any, is kept", file=sys.stderr)
             raise SystemExit(1)
-        returns = evaluate(policy, args, device, stop, frames) if args.eval_every else None
-        if not stop.signum:
-            metrics.log(step, updates, returns, terms)
-            bar.set_postfix(eval_return="none" if returns is None else f"{returns.mean():.1f}")
 
     def save():
+        check_finite()
         save_atomically({name: part.state_dict() for name, part in state.items()} |
                         {"rng": torch.get_rng_state(), "step": step, "updates": updates,
                          "seconds": time.time() - metrics.start}, run_dir / "checkpoint.pt")
@@ -864,6 +903,8 @@ def train(args: Args) -> Path:
 def play(args: Args) -> None:
     """Evaluate a saved model in the environment that it was trained in, and print the final line."""
     _, saved = load_model(args.evaluate)
+    check(args.env_id in (Args().env_id, saved["env_id"]),
+          f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
     args = replace(args, env_id=saved["env_id"])
     validate(args)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")

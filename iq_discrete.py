@@ -47,9 +47,15 @@ from tqdm import tqdm
 
 SCRIPT = "iq_discrete"
 # Mean return of uniformly random actions, 100 episodes, seeds 0 to 99; measured when an environment is missing.
-RANDOM_RETURN = {"CartPole": 22.0}
+RANDOM_RETURN = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
-SETTINGS: dict[str, dict] = {}
+SETTINGS: dict[str, dict] = {
+    "CartPole": {"value_loss": "v0", "temperature": 0.1, "target_rate": 0.01, "average_rate": 0.002,
+                 "total_timesteps": 10_000},
+    "Acrobot": {"temperature": 0.1, "total_timesteps": 10_000},
+    "LunarLander": {"hidden_size": 256, "learning_rate": 3e-4, "average_rate": 0.0005},
+    "GridWorld": {"total_timesteps": 5_000},
+}
 
 
 # ----------------------------------------------------------------------------------------------- Args
@@ -141,9 +147,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         return tyro.cli(Args, args=argv, default=replace(Args(), **SETTINGS.get(env_name(args.env_id), {})))
     run_dir = Path(args.resume)
     check((run_dir / "checkpoint.pt").is_file(), f"--resume {run_dir}: no checkpoint.pt found there")
-    stored = json.loads((run_dir / "args.json").read_text())
-    check(stored.pop("script") == SCRIPT, f"--resume {run_dir}: that run is not one of {SCRIPT}.py")
-    stored = replace(Args(**stored), out_dir=str(run_dir.resolve().parent), run_name=run_dir.resolve().name)
+    try:
+        stored = json.loads((run_dir / "args.json").read_text())
+        script = stored.pop("script")
+        stored = Args(**stored) if script == SCRIPT else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInput(f"--resume {run_dir}: its args.json cannot be used ({error})") from None
+    check(stored is not None, f"--resume {run_dir}: a run of {script}.py, expected one of {SCRIPT}.py")
+    stored = replace(stored, out_dir=str(run_dir.resolve().parent), run_name=run_dir.resolve().name)
     args = tyro.cli(Args, args=argv, default=stored)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
@@ -158,7 +169,8 @@ def validate(args: Args) -> None:
         "at least 1": (lambda x: x >= 1, "num_envs subsample_freq batch_size buffer_size eval_episodes hidden_size"),
         "at least 0": (lambda x: x >= 0, "seed pretrain_updates total_timesteps num_demos temperature gradient_penalty "
                        "obs_noise eval_every checkpoint_every"),
-        "above 0": (lambda x: x > 0, "learning_rate updates_per_step"),
+        "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
+        "above 0 and finite": (lambda x: 0 < x < np.inf, "learning_rate updates_per_step"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
         "from 0 to 1": (lambda x: 0 <= x <= 1, "target_rate average_rate"),
         "at least 3": (lambda x: x >= 3, "grid_size"),
@@ -346,21 +358,29 @@ class Demonstrations(NamedTuple):
     expert_return: float  # mean return of the trajectories used; NaN without rewards in the file
 
 
-def read_npz(path: str, names: list[str], optional: list[str]) -> dict[str, np.ndarray]:
-    """The named arrays of an .npz file; nothing else is read and nothing is ever unpickled.
+UNREADABLE = (ValueError, OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def read_npz(path: str, names: list[str] | None = None) -> dict[str, np.ndarray]:
+    """The named arrays of an .npz file (None: its keys alone); nothing else is read and nothing is ever unpickled.
 
     Raises:
-        BadInput: no such file, not an .npz, cut off, pickled content, or a name missing.
+        BadInput: no such file, not an .npz, cut off, pickled or other strange content, or a name missing.
     """
     check(Path(path).is_file(), f"--demos {path}: no such file")
     check(zipfile.is_zipfile(path), f"--demos {path}: not an .npz file, or one that is cut off")
     try:
         with np.load(path, allow_pickle=False) as file:
+            if names is None:
+                return dict.fromkeys(file.files)
             missing = [name for name in names if name not in file.files]
             check(not missing, f"--demos {path}: keys {missing} are missing, it has {file.files}")
-            return {name: file[name] for name in names + optional if name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = {name: file[name] for name in names}
+    except UNREADABLE as error:
         raise BadInput(f"--demos {path}: cannot be read as plain arrays: {' '.join(str(error).split())}") from None
+    strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    check(not strange, f"--demos {path}: {strange} hold something else than an array")
+    return arrays
 
 
 def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
@@ -372,12 +392,12 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
     try:
         import minari
     except ImportError:
-        raise BadInput(f"--demos {dataset_id}: a Minari dataset needs `pip install minari[hdf5]`") from None
+        raise BadInput(f"--demos {dataset_id}: a Minari dataset needs `pip install minari[hdf5,hf]`") from None
     try:
         dataset = minari.load_dataset(dataset_id, download=True)
+        episodes = list(tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc="reading", disable=None))
     except Exception as error:  # minari raises many kinds: no such dataset, no network, a broken file
         raise BadInput(f"--demos {dataset_id}: Minari cannot load it: {' '.join(str(error).split())}") from None
-    episodes = list(tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc="reading", disable=None))
     check(all(isinstance(e.observations, np.ndarray) for e in episodes),
           f"--demos {dataset_id}: its observations are not plain arrays")
     arrays = {name: np.concatenate([getattr(e, name) for e in episodes])
@@ -400,21 +420,25 @@ def demonstrations_path(args: Args) -> str:
     return str(path)
 
 
-def read_demonstrations(args: Args, names: list[str], optional: list[str]) -> tuple[str, dict[str, np.ndarray]]:
-    """Where they came from, for messages, and the named arrays. Raises BadInput (also for `dones` unexplained)."""
+def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str, np.ndarray]]:
+    """Where they came from, for messages, and the arrays of the first format whose first name is in the file, with
+    `rewards` if it is there beside observations. Raises BadInput (also for `dones` unexplained)."""
     path = demonstrations_path(args)
     where = f"--demos {path}"
     print(f"loading demonstrations from {path}", flush=True)
     if not path.endswith(".npz") and not Path(path).exists() and re.search(r"-v\d+$", path):
         return where, read_minari(path)
-    data = read_npz(path, [], ["dones"])
-    if not data:
-        return where, read_npz(path, names, optional)
+    keys = read_npz(path)
+    names = next((names for names in formats if names[0] in keys), formats[0])
+    names = names + [name for name in ("rewards",) if name in keys and "observations" in names]
+    ends = {"terminations", "truncations"}
+    if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):
+        return where, read_npz(path, names)
     check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
           "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
-    dones, no = data["dones"], np.zeros_like(data["dones"])
-    ended = args.dones_are == "terminations"
-    data = read_npz(path, [name for name in names if name not in ("terminations", "truncations")], optional)
+    data = read_npz(path, [name for name in names if name not in ends] + ["dones"])
+    dones, ended = data["dones"], args.dones_are == "terminations"
+    no = np.zeros(dones.shape, bool)
     return where, data | {"terminations": dones if ended else no, "truncations": no if ended else dones}
 
 
@@ -422,8 +446,12 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, nu
     """Episode lengths, actions, ends and environment as the format has them. Raises BadInput."""
     lengths, actions = data["episode_lengths"], data["actions"]
     check(lengths.ndim == 1 and lengths.dtype.kind in "iu" and (lengths > 0).all(),
-          f"{where}: episode_lengths must be positive integers")
+          f"{where}: episode_lengths of {lengths.dtype} and shape {lengths.shape}, beginning {lengths.reshape(-1)[:5]}, "
+          "expected positive integers")
     check(len(lengths) > 0, f"{where}: it holds no episodes")
+    check(actions.ndim > 0 and (lengths <= len(actions)).all(),
+          f"{where}: episode_lengths up to {lengths.max()}, and actions of shape {actions.shape}")
+    lengths = data["episode_lengths"] = lengths.astype(np.int64)
     for name in ("actions", "terminations", "truncations", "rewards"):
         if name in data:
             check(data[name].shape[:1] == (lengths.sum(),), f"{where}: {name} of shape {data[name].shape}, expected "
@@ -435,7 +463,11 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, nu
     for name in ("terminations", "truncations"):
         if name in data:
             check(data[name].ndim == 1 and data[name].dtype.kind in "biuf" and np.isin(data[name], (0, 1)).all(),
-                  f"{where}: {name} must be true or false")
+                  f"{where}: {name} of {data[name].dtype} and shape {data[name].shape}, beginning "
+                  f"{data[name].reshape(-1)[:5]}, expected true or false")
+    if "rewards" in data:
+        check(data["rewards"].ndim == 1 and data["rewards"].dtype.kind in "biuf",
+              f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected numbers")
     recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else "unknown"
     check(env_name(recorded) in (env_name(args.env_id), "unknown"),
           f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
@@ -465,15 +497,16 @@ def load_demonstrations(args: Args, obs_shape: tuple[int, ...], num_actions: int
         BadInput: whatever is wrong with the file, in the fields that are read.
     """
     names = ["observations", "actions", "terminations", "truncations", "episode_lengths", "env_id"]
-    where, data = read_demonstrations(args, names, ["rewards"])
+    where, data = read_demonstrations(args, names)
     check_demonstrations(where, data, args, num_actions)
-    obs, lengths = data["observations"], data["episode_lengths"].astype(np.int64)
+    obs, lengths = data["observations"], data["episode_lengths"]
     check(obs.dtype.kind == "f", f"{where}: observations are {obs.dtype}, expected float32")
     check(obs.shape[1:] == tuple(obs_shape),
           f"{where}: an observation has shape {obs.shape[1:]}, one of {args.env_id} has {tuple(obs_shape)}")
     check(len(obs) == (lengths + 1).sum(), f"{where}: {len(obs)} observations, expected {(lengths + 1).sum()}, one "
           "more than its length for each episode")
-    obs = obs.astype(np.float32)
+    with np.errstate(over="ignore"):
+        obs = obs.astype(np.float32)
     check(np.isfinite(obs).all(), f"{where}: observations hold NaN or infinite values")
 
     chosen, place, t = choose_transitions(args, lengths)
@@ -596,7 +629,7 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
         terms["value_term"] = (1 - γ) * soft_value(network(initial_obs), τ).mean()
     else:  # v0_expert
         terms["value_term"] = (1 - γ) * V[:n_expert].mean()
-    α = args.chi2_alpha if args.chi2_alpha or args.divergence != "chi2" else 0.5
+    α = args.chi2_alpha or (0.5 if args.divergence == "chi2" else None)
     if α:
         rows = r[:n_expert] if args.chi2_rows == "expert" else r
         terms["chi2_term"] = (rows**2).mean() / (4 * α)
@@ -708,8 +741,7 @@ def load_model(path: str, device="cpu") -> tuple[QNetwork, dict]:
         check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py, which plays it")
         network = QNetwork(**saved["sizes"]).to(device)
         network.load_state_dict(saved["network"])
-    except (KeyError, TypeError, RuntimeError, OSError, EOFError, ValueError, zipfile.BadZipFile,
-            pickle.UnpicklingError) as error:
+    except (*UNREADABLE, LookupError, TypeError, pickle.UnpicklingError) as error:
         raise BadInput(f"{path}: not a model of {SCRIPT}.py ({type(error).__name__})") from None
     return network, saved
 
@@ -848,14 +880,21 @@ def train(args: Args) -> Path:
     run_dir = Path(args.out_dir) / name
     step, updates, seconds = 0, 0, 0.0
     if args.resume:
-        stored = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
-        for name, part in state.items():
-            part.load_state_dict(stored[name])
-        torch.set_rng_state(stored["rng"].cpu())
-        step, updates, seconds = stored["step"], stored["updates"], stored["seconds"]
+        try:
+            stored = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
+            for name, part in state.items():
+                part.load_state_dict(stored[name])
+            torch.set_rng_state(stored["rng"].cpu())
+            step, updates, seconds = stored["step"], stored["updates"], stored["seconds"]
+        except (*UNREADABLE, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+            raise BadInput(f"--resume {run_dir}: its checkpoint.pt is not one of this run "
+                           f"({type(error).__name__})") from None
     else:
         check(not run_dir.exists(), f"--run-name: {run_dir} exists already; take another name, or --resume {run_dir}")
-        run_dir.mkdir(parents=True)
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as error:
+            raise BadInput(f"--out-dir {args.out_dir}: {error}") from None
         shutil.copy(__file__, run_dir)
     (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
     metrics = Metrics(run_dir, args, step, updates, seconds)
@@ -864,18 +903,25 @@ def train(args: Args) -> Path:
     terms, returns, frames = {}, None, [] if args.capture_video else None
 
     def report(frames=None):
-        """Evaluate and write a row; nothing when a signal comes meanwhile. Exits where the loss is not finite."""
+        """Evaluate and write a row; nothing when a signal comes meanwhile."""
         nonlocal returns
+        check_finite()
+        returns = evaluate(policy, args, device, stop, frames) if args.eval_every else None
+        if stop.signum:
+            return
+        metrics.log(step, updates, returns, terms)
+        if returns is not None:
+            bar.set_postfix(eval_return=f"{returns.mean():.1f}")
+            bar.write(f"step {step}, update {updates}: eval_return {returns.mean():.1f} ± {returns.std():.1f}")
+
+    def check_finite():
         if not all(np.isfinite(float(term)) for term in terms.values()):
             print(f"{SCRIPT}.py: the loss is not finite after {updates} updates; a smaller --learning-rate or a larger "
-                  f"--temperature helps; the last checkpoint in {run_dir} is kept", file=sys.stderr)
+                  f"--temperature helps; the last checkpoint in {run_dir}, if any, is kept", file=sys.stderr)
             raise SystemExit(1)
-        returns = evaluate(policy, args, device, stop, frames) if args.eval_every else None
-        if not stop.signum:
-            metrics.log(step, updates, returns, terms)
-            bar.set_postfix(eval_return="none" if returns is None else f"{returns.mean():.1f}")
 
     def save():
+        check_finite()
         save_atomically({name: part.state_dict() for name, part in state.items()} |
                         {"rng": torch.get_rng_state(), "step": step, "updates": updates,
                          "seconds": time.time() - metrics.start}, run_dir / "checkpoint.pt")
@@ -937,6 +983,8 @@ def train(args: Args) -> Path:
 def play(args: Args) -> None:
     """Evaluate a saved model in the environment that it was trained in, and print the final line."""
     _, saved = load_model(args.evaluate)
+    check(args.env_id in (Args().env_id, saved["env_id"]),
+          f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
     own = {name: saved["args"][name] for name in ("env_id", "grid_size", *GRID_SWITCHES)}
     args = replace(args, **own)
     validate(args)

@@ -36,6 +36,7 @@ INTENDED_FIELDS = {
         "dones_are": "a file of frames", "temperature": "the published settings", "divergence": "chi2 alone",
         "chi2_alpha": "chi2 alone", "learning_rate": "", "batch_size": "", "updates_per_step": "", "buffer_size": "",
         "eval_every": "", "eval_episodes": "", "seed": "the comment",
+        "average_rate": "measured", "standardize_obs": "frames have one scale",
     },
 }
 

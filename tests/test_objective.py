@@ -42,7 +42,7 @@ def one_hot(states, num_states):
 
 
 def stack(states, num_states):
-    return torch.as_tensor(states, dtype=torch.uint8)[:, None, None, None].repeat(1, 4, 84, 84)
+    return torch.as_tensor(states, dtype=torch.uint8)[:, None, None, None].expand(-1, 4, 84, 84)
 
 
 SCRIPTS = {
@@ -683,18 +683,18 @@ def test_q_bound_bounds_the_implied_reward():
 def test_sampled_actions_follow_the_softmax(script, temperature):
     """Frequencies within five standard deviations of softmax(Q/τ), for each state of a mixed batch."""
     torch.manual_seed(0)
-    n, q = 4000, torch.tensor([[0.0, 0.5, -1.0], [2.0, 1.8, 2.1]], dtype=F64)
-    actions = script.module.sample_action(script.table(q), script.encode([0, 1] * n, 2), temperature)
+    n, logits = 60_000, torch.tensor([[0.0, 0.5, -1.0], [4.0, 0.0, -0.5]], dtype=F64)
+    network = script.table(temperature * logits)
+    actions = script.module.sample_action(network, script.encode([0, 1] * n, 2), temperature)
     assert actions.shape == (2 * n,) and actions.dtype == torch.int64
-    for state in range(2):
-        p = torch.softmax(q[state] / temperature, 0)
+    policy = torch.softmax(logits, 1)
+    for state, p in enumerate(policy):
         frequency = torch.bincount(actions[state::2], minlength=3) / n
         assert ((frequency - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
     # rows are sampled independently of one another
-    both = ((actions[0::2] == 1) & (actions[1::2] == 2)).double().mean()
-    p = torch.softmax(q / temperature, 1)
-    expected = p[0, 1] * p[1, 2]
-    assert (both - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt()
+    both = ((actions[0::2] == 2) & (actions[1::2] == 1)).double().mean()
+    p = policy[0, 2] * policy[1, 1]
+    assert (both - p).abs() < 5 * (p * (1 - p) / n).sqrt()
 
 
 def test_sampled_actions_use_the_temperature_of_the_value(script):
