@@ -310,7 +310,8 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     if not path.endswith(".npz") and not Path(path).exists() and re.search(r"-v\d+$", path):
         return where, read_minari(path)
     keys = read_npz(path)
-    names = next((names for names in formats if names[0] in keys), formats[0])
+    likely = max(formats, key=lambda names: len(keys.keys() & set(names)))
+    names = next((names for names in formats if names[0] in keys), likely)
     names = names + [name for name in ("rewards",) if name in keys and "observations" in names]
     ends = {"terminations", "truncations"}
     if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):

@@ -20,7 +20,7 @@ import iq_atari
 import iq_discrete
 
 FOLDER = Path(__file__).resolve().parent
-CARTPOLE_GAINS = np.array([0.24, 0.20, 1.0, 0.57])  # of position, velocity, angle, angular velocity
+CARTPOLE_GAINS = np.array([0.2, 0.5, 1.0, 1.2])  # of position, velocity, angle, angular velocity
 GRID_SWITCHES = ("random_walls", "random_start", "random_goal")
 
 
@@ -38,7 +38,7 @@ class Args:
 
 
 def cartpole_expert(env, obs):
-    """A saturated linear controller with weak damping: it keeps the pole up while the cart sways on and on."""
+    """A saturated linear controller that reacts strongly to the pole and lets the cart swing widely, on and on."""
     return int(CARTPOLE_GAINS @ obs > 0)
 
 

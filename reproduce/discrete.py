@@ -19,10 +19,9 @@ FOLDER = Path(__file__).resolve().parent
 SEEDS = range(101, 106)
 TASKS = {  # name: (flags, numbers of demonstrations)
     "CartPole, 1 in 20": ("--env-id CartPole-v1 --subsample-freq 20", (1, 10)),
+    "GridWorld, fixed, 200 updates": ("--env-id GridWorld-v0 --total-timesteps 200 --eval-every 50", (1, 10)),
     "Acrobot": ("--env-id Acrobot-v1", (1, 10)),
     "LunarLander": ("--env-id LunarLander-v3", (1, 10)),
-    "GridWorld, fixed": ("--env-id GridWorld-v0", (1, 10)),
-    "GridWorld, fixed, 200 updates": ("--env-id GridWorld-v0 --total-timesteps 200 --checkpoint-every 0", (10,)),
     "GridWorld, random walls, MLP": ("--env-id GridWorld-v0 --random-walls", (0,)),
     "GridWorld, random walls, CNN": ("--env-id GridWorld-v0 --random-walls --network cnn --hidden-size 32", (0,)),
     "GridWorld, all random, CNN": ("--env-id GridWorld-v0 --random-walls --random-start --random-goal --network cnn "
