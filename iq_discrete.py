@@ -15,7 +15,7 @@ over demonstrations and the agent's own play. The environment's reward is never 
 
     python iq_discrete.py --env-id CartPole-v1 --num-demos 1 --subsample-freq 20
 
-@RESULT@
+The numbers that it gives stand in the README, with the same for cloning.
 
 Departures from the paper are marked DEVIATION where they act. This is the first of the five scripts:
 `diff iq_discrete.py iq_atari.py` shows what pixels need.
@@ -862,7 +862,7 @@ def train(args: Args) -> Path:
         network.obs_mean.copy_(demos.transitions.obs.mean(0))
         network.obs_std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant dimensions
     target = deepcopy(network) if args.target_rate else None
-    average = deepcopy(network) if args.average_rate else None
+    average = deepcopy(network) if args.average_rate else None  # DEVIATION: steadier than the last iterate
     policy = average or network  # what is evaluated and saved
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, fused=True)
     pretrain, total = args.pretrain_updates, args.total_timesteps
