@@ -65,7 +65,7 @@ def table(rows: list[dict]) -> str:
         for n in numbers:
             iq, bc = ([r for r in rows if r["task"] == task and r["demos"] == str(n) and r["method"] == method]
                       for method in METHODS)
-            if iq and bc:
+            if len(iq) == len(bc) == len(SEEDS):
                 digits = 3 if "GridWorld" in task else 1
                 grid = [mean_sd(iq, name, 2) for name in ("success", "distance_ratio")] if iq[0].get("success") else ["", ""]
                 lines.append(f"| {task} | {n or 'all'} | {mean_sd(iq, 'eval_return', digits)} | "
