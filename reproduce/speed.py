@@ -21,7 +21,7 @@ import iq_atari
 import iq_discrete
 
 FOLDER = Path(__file__).resolve().parent
-ROUNDS = 7
+ROUNDS = 5
 
 
 class StubEnvs:
