@@ -795,7 +795,7 @@ def train(args: Args) -> Path:
     network.autocast = args.bfloat16 and has_bfloat16(device)
     print(f"network in {'bfloat16' if network.autocast else 'float32'}", flush=True)
     target = deepcopy(network) if args.target_rate else None
-    average = deepcopy(network) if args.average_rate else None  # DEVIATION: steadier than the last iterate
+    average = deepcopy(network) if args.average_rate else None  # DEVIATION: the paper has the last iterate
     policy = average or network  # what is evaluated and saved
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, fused=True)
     pretrain, total = args.pretrain_updates, args.total_timesteps

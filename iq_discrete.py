@@ -13,9 +13,9 @@ One network Q(s, a) is the policy, softmax(Q/τ), and the reward, r = Q(s,a) −
 
 over demonstrations and the agent's own play. The environment's reward is never read in training.
 
-    python iq_discrete.py --env-id CartPole-v1 --num-demos 1 --subsample-freq 20
+    python iq_discrete.py --env-id CartPole-v1 --num-demos 10 --subsample-freq 20
 
-The numbers that it gives stand in the README, with the same for cloning.
+scores 500 ± 0 over seeds 101 to 105 after 10,000 steps, about a minute on one busy core; the README has the other tasks.
 
 Departures from the paper are marked DEVIATION where they act. This is the first of the five scripts:
 `diff iq_discrete.py iq_atari.py` shows what pixels need.
@@ -862,7 +862,7 @@ def train(args: Args) -> Path:
         network.obs_mean.copy_(demos.transitions.obs.mean(0))
         network.obs_std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant dimensions
     target = deepcopy(network) if args.target_rate else None
-    average = deepcopy(network) if args.average_rate else None  # DEVIATION: steadier than the last iterate
+    average = deepcopy(network) if args.average_rate else None  # DEVIATION: the paper has the last iterate
     policy = average or network  # what is evaluated and saved
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, fused=True)
     pretrain, total = args.pretrain_updates, args.total_timesteps

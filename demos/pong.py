@@ -2,7 +2,7 @@
 
 The policy sees what a learner sees, the 84×84 frames of `AtariVectorEnv`, reduced to a ball and two paddles. It acts at
 random (a deterministic Pong player can fall into a rally that never ends), and so do its eight tries of a rally on
-cloned emulator states; the one that scores first is played. The games end 21 to 0, and their states vary.
+cloned emulator states; the one that scores first is played. The games end 21 to 0 or 21 to 1, and their states vary.
 """
 from pathlib import Path
 
