@@ -17,6 +17,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import iq_atari
+import iq_continuous
 import iq_discrete
 
 FOLDER = Path(__file__).resolve().parent
@@ -34,7 +35,7 @@ class Args:
     random_goal: bool = False  # GridWorld-v0: a new goal each episode
     out: Path | None = None  # the file to write (default: in this folder, named after the environment)
     clone_updates: int | None = None  # updates of the clone that is checked (default: the table's); 0 for no clone
-    cache: Path = Path("runs/pong_expert")  # where the Pong expert's training is kept
+    cache: Path = Path("runs/experts")  # where the training of an expert is kept
 
 
 def cartpole_expert(env, obs):
@@ -65,6 +66,13 @@ def grid_expert(env, obs):
     return int(env.np_random.choice(closer))
 
 
+def trained_expert(env_id: str, cache: Path):
+    """A policy of CrossQ, trained now or taken from `cache`."""
+    import crossq
+
+    return crossq.expert(env_id, cache)
+
+
 # environment: expert, episodes in the bundled file, least mean return, updates of the clone, its least normalized return
 TABLE = {
     "CartPole-v1": (cartpole_expert, 30, 500.0, 5_000, 0.9),
@@ -72,6 +80,11 @@ TABLE = {
     "LunarLander-v3": (lunar_lander_expert, 30, 250.0, 20_000, 0.8),
     "GridWorld-v0": (grid_expert, 30, 1.0, 5_000, 0.9),
     "PongNoFrameskip-v4": (None, 36, 19.0, 30_000, 0.5),
+    "Hopper-v5": (trained_expert, 25, 3_200.0, 20_000, 0.5),
+    "HalfCheetah-v5": (trained_expert, 25, 4_900.0, 20_000, 0.5),
+    "Walker2d-v5": (trained_expert, 25, 4_800.0, 20_000, 0.5),
+    "Ant-v5": (trained_expert, 8, 4_500.0, 20_000, 0.5),
+    "Humanoid-v5": (trained_expert, 5, 4_900.0, 20_000, 0.5),
 }
 RANDOM_GRIDS = 1_000  # episodes where walls, start or goal are random: most of what a clone needs is more grids
 
@@ -84,7 +97,9 @@ def record(args: Args) -> dict[str, np.ndarray]:
     if expert is None:
         import pong
 
-        return pong.record(episodes, args.seed, args.cache)
+        return pong.record(episodes, args.seed, args.cache / "pong")
+    if expert is trained_expert:
+        expert = trained_expert(args.env_id, args.cache)
     env = gym.make(args.env_id, **switches)
     columns = {name: [] for name in ("observations", "actions", "terminations", "truncations", "rewards")}
     lengths = []
@@ -101,10 +116,13 @@ def record(args: Args) -> dict[str, np.ndarray]:
                 columns[name].append(value)
             length, ended = length + 1, terminated or truncated
         lengths.append(length)
-    dtypes = {"observations": np.float32, "actions": np.int64, "rewards": np.float32}
+    space = env.action_space
+    discrete = isinstance(space, gym.spaces.Discrete)
+    dtypes = {"observations": np.float32, "actions": np.int64 if discrete else np.float32, "rewards": np.float32}
     arrays = {name: np.asarray(values, dtypes.get(name, bool)) for name, values in columns.items()}
-    return arrays | {"episode_lengths": np.array(lengths), "env_id": np.array(args.env_id),
-                     "num_actions": np.array(env.action_space.n)}
+    ends = {"num_actions": space.n} if discrete else {"action_low": space.low, "action_high": space.high}
+    return arrays | {"episode_lengths": np.array(lengths), "env_id": np.array(args.env_id)} | {
+        name: np.array(value) for name, value in ends.items()}
 
 
 def episode_returns(arrays: dict[str, np.ndarray]) -> np.ndarray:
@@ -117,14 +135,19 @@ def episode_returns(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 def clone_normalized(args: Args, path: Path, folder: str, updates: int) -> float:
     """Normalized return of behavioural cloning on all the demonstrations of `path`."""
-    module = iq_atari if args.env_id.startswith("Pong") else iq_discrete
-    switches = {name: getattr(args, name) for name in GRID_SWITCHES} if module is iq_discrete else {}
-    settings = module.Args(env_id=args.env_id, demos=str(path), num_demos=0, objective="bc", pretrain_updates=updates,
-                           total_timesteps=0, eval_every=updates, out_dir=folder, run_name="clone", **switches)
-    if any(switches.values()):
-        settings = module.replace(settings, network="cnn", hidden_size=32)
+    common = dict(env_id=args.env_id, demos=str(path), num_demos=0, pretrain_updates=updates, total_timesteps=0,
+                  eval_every=updates, out_dir=folder, run_name="clone")
+    if TABLE[args.env_id][0] is trained_expert:
+        module, settings = iq_continuous, iq_continuous.Args(**common, batch_size=256, actor_lr=3e-4)
+    elif args.env_id.startswith("Pong"):
+        module, settings = iq_atari, iq_atari.Args(**common, objective="bc")
+    else:
+        switches = {name: getattr(args, name) for name in GRID_SWITCHES}
+        module, settings = iq_discrete, iq_discrete.Args(**common, objective="bc", **switches)
+        if any(switches.values()):
+            settings = iq_discrete.replace(settings, network="cnn", hidden_size=32)
     module.train(settings)
-    _, saved = module.load_model(f"{folder}/clone/model.pt")
+    *_, saved = module.load_model(f"{folder}/clone/model.pt")
     row = (Path(folder) / "clone" / "metrics.csv").read_text().splitlines()[-1].split(",")
     return (float(row[2]) - saved["random_return"]) / (saved["expert_return"] - saved["random_return"])
 

@@ -1,0 +1,71 @@
+"""Trained experts for the MuJoCo tasks: CrossQ of sbx-rl, until the mean return is near the paper's experts.
+
+Training keeps its state in `<cache>/<environment>/`, every 5,000 steps, and goes on from there; progress.csv in it holds
+the mean and standard deviation of 10 deterministic episodes each time. The policy that is recorded is the one with the
+highest mean less standard deviation.
+"""
+import csv
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+from sbx import CrossQ
+
+# environment: mean return of the paper's expert, at which training stops; most steps
+TARGETS = {
+    "Hopper-v5": (3533, 300_000),
+    "HalfCheetah-v5": (5098, 200_000),
+    "Walker2d-v5": (5275, 400_000),
+    "Ant-v5": (4700, 400_000),
+    "Humanoid-v5": (5313, 1_000_000),
+}
+CHUNK = 5_000  # steps between evaluations
+NETWORK = {"net_arch": {"pi": [256, 256], "qf": [256, 256]}}
+
+
+def returns_of(model, env_id: str, episodes: int = 10) -> np.ndarray:
+    """Returns `[episodes]` of the deterministic policy, seeds 10,000 and on."""
+    env, returns = gym.make(env_id), []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=10_000 + episode)
+        total, ended = 0.0, False
+        while not ended:
+            obs, reward, terminated, truncated, _ = env.step(model.predict(obs, deterministic=True)[0])
+            total, ended = total + float(reward), terminated or truncated
+        returns.append(total)
+    return np.array(returns)
+
+
+def expert(env_id: str, cache: Path):
+    """The trained policy, as `record.py` calls it; training goes on where `cache` stops."""
+    folder = cache / env_id
+    folder.mkdir(parents=True, exist_ok=True)
+    progress, model_path, replay_path = folder / "progress.csv", folder / "model.zip", folder / "replay.pkl"
+    rows = []
+    if progress.exists():
+        with open(progress) as file:
+            rows = [tuple(map(float, row)) for row in csv.reader(file)]
+    target, most = TARGETS[env_id]
+
+    def reached():  # one lucky evaluation of a swinging policy is no expert: it must also be steady
+        return any(mean >= target and sd < 0.1 * mean for _, mean, sd in rows)
+
+    env = gym.make(env_id)
+    if model_path.exists():
+        model = CrossQ.load(model_path, env=env)
+        model.load_replay_buffer(replay_path)
+    else:
+        model = CrossQ("MlpPolicy", env, seed=0, buffer_size=most, policy_kwargs=NETWORK)
+    while not reached() and model.num_timesteps < most:
+        model.learn(CHUNK, reset_num_timesteps=False)
+        returns = returns_of(model, env_id)
+        rows.append((model.num_timesteps, returns.mean(), returns.std()))
+        print(f"{env_id}: {model.num_timesteps} steps, return {returns.mean():.0f} ± {returns.std():.0f}", flush=True)
+        if rows[-1][1] - rows[-1][2] == max(mean - sd for _, mean, sd in rows):
+            model.save(folder / "best.zip")
+        model.save(model_path)
+        model.save_replay_buffer(replay_path)
+        with open(progress, "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    best = CrossQ.load(folder / "best.zip")
+    return lambda env, obs: best.predict(obs, deterministic=True)[0]
