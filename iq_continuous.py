@@ -214,33 +214,36 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
 
 # ------------------------------------------------------------------------------------------- Networks
 class Standardize(nn.Module):
-    """(x − mean) / deviation, clipped: within the networks, so that a saved one takes raw observations."""
+    """(x − mean) / deviation, clipped at ±limit: within the networks, so that a saved one takes raw observations."""
 
-    def __init__(self, obs_shape: tuple[int, ...]):
+    def __init__(self, obs_shape: tuple[int, ...], limit: float):
         super().__init__()
+        self.limit = limit
         self.register_buffer("mean", torch.zeros(obs_shape))
         self.register_buffer("std", torch.ones(obs_shape))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return ((obs - self.mean) / self.std).clamp(-10, 10).flatten(1)
+        return ((obs - self.mean) / self.std).clamp(-self.limit, self.limit).flatten(1)
 
 
 def mlp(inputs: int, hidden_size: int, outputs: int, layer_norm: bool = False) -> nn.Sequential:
     """Two hidden layers of ReLU units."""
     layers = []
     for size in (inputs, hidden_size):
-        layers += [nn.Linear(size, hidden_size), nn.LayerNorm(hidden_size) if layer_norm else nn.Identity(), nn.ReLU(inplace=True)]
+        layers += [nn.Linear(size, hidden_size), nn.LayerNorm(hidden_size) if layer_norm else nn.Identity(),
+                   nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(hidden_size, outputs))
 
 
 class QNetwork(nn.Module):
     """Q(s, a): observations `[B, *obs_shape]` and actions `[B, A]` in [−1, 1] to `[B]`."""
 
-    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, hidden_size: int = 256, layer_norm: bool = False):
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, hidden_size: int = 256, layer_norm: bool = False,
+                 obs_limit: float = 10.0):
         super().__init__()
         self.sizes = {"obs_shape": tuple(obs_shape), "num_actions": num_actions, "hidden_size": hidden_size,
-                      "layer_norm": layer_norm}
-        self.standardize = Standardize(obs_shape)
+                      "layer_norm": layer_norm, "obs_limit": obs_limit}
+        self.standardize = Standardize(obs_shape, obs_limit)
         self.layers = mlp(int(np.prod(obs_shape)) + num_actions, hidden_size, 1, layer_norm)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
@@ -253,12 +256,14 @@ class Actor(nn.Module):
 
     LOG_STD = (-5.0, 2.0)  # least and greatest
 
-    def __init__(self, obs_shape: tuple[int, ...], low: list[float], high: list[float], hidden_size: int = 256):
+    def __init__(self, obs_shape: tuple[int, ...], low: list[float], high: list[float], hidden_size: int = 256,
+                 obs_limit: float = 10.0):
         super().__init__()
-        self.sizes = {"obs_shape": tuple(obs_shape), "low": list(low), "high": list(high), "hidden_size": hidden_size}
+        self.sizes = {"obs_shape": tuple(obs_shape), "low": list(low), "high": list(high), "hidden_size": hidden_size,
+                      "obs_limit": obs_limit}
         self.register_buffer("center", (torch.tensor(high) + torch.tensor(low)) / 2)
         self.register_buffer("scale", (torch.tensor(high) - torch.tensor(low)) / 2)
-        self.standardize = Standardize(obs_shape)
+        self.standardize = Standardize(obs_shape, obs_limit)
         self.layers = mlp(int(np.prod(obs_shape)), hidden_size, 2 * len(low))
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -785,9 +790,10 @@ def train(args: Args) -> Path:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = make_envs(args, args.num_envs)
     obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
-    actor = Actor(obs_shape, action_space.low.tolist(), action_space.high.tolist(), args.hidden_size).to(device)
+    limit = 10.0 if args.standardize_obs else np.inf  # deviations; raw observations are the network's as they are
+    actor = Actor(obs_shape, action_space.low.tolist(), action_space.high.tolist(), args.hidden_size, limit).to(device)
     demos = load_demonstrations(args, obs_shape, actor, device)
-    critic = QNetwork(obs_shape, len(action_space.low), args.hidden_size, args.layer_norm).to(device)
+    critic = QNetwork(obs_shape, len(action_space.low), args.hidden_size, args.layer_norm, limit).to(device)
     if args.standardize_obs:  # DEVIATION: the paper has raw observations
         for network in (actor, critic):
             network.standardize.mean.copy_(demos.transitions.obs.mean(0))
