@@ -571,14 +571,18 @@ def iq_loss(critic, target, actor: Actor, batch: Batch, fresh, n_expert: int, in
     elif args.value_loss == "value_expert":  # telescoped over the expert's occupancy
         terms["value_term"] = (V - γ * next_V[:n_expert]).mean()
     elif args.value_loss == "v0":  # not telescoped: (1 − γ)·E_ρ0[V(s0)]
-        V = soft_value(critic, actor, initial_obs, τ)
+        with torch.no_grad():  # the actor has none of this gradient either
+            initial_action, log_prob = sample_action(actor, initial_obs)
+        V = critic(initial_obs, initial_action) - τ * log_prob
         terms["value_term"] = (1 - γ) * V.mean()
     else:  # v0_expert
         terms["value_term"] = (1 - γ) * V.mean()
     rows = r[:n_expert] if args.chi2_rows == "expert" else r
     terms["chi2_term"] = (rows**2).mean() / (4 * α)
     loss = sum(terms.values())
-    means = {"value": V.mean(), "reward_expert": r[:n_expert].mean(), "reward_policy": r[n_expert:].mean()}
+    means = {"value": V.mean(), "reward_expert": r[:n_expert].mean()}
+    if len(r) > n_expert:
+        means["reward_policy"] = r[n_expert:].mean()
     return loss, {"loss": loss, **terms, **means}
 
 
