@@ -897,9 +897,9 @@ def train(args: Args) -> Path:
                     terms = update(batch, initial.sample(n)[0], torch.tensor(fade, device=device))
                 else:
                     terms = clone(draw(demos, n))
+                    if average:  # before play it is the actor itself, so that it starts where play does
+                        average.load_state_dict(actor.state_dict())
                 updates += 1
-                if average and updates == pretrain:  # the average starts where play does
-                    average.load_state_dict(actor.state_dict())
 
             clock, tick = (step, args.num_envs) if playing else (updates, 1)
             bar.update(tick)
