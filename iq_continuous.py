@@ -207,6 +207,8 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
           f"--env-id {args.env_id}: its actions are discrete, which iq_discrete.py is for")
     check(isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1 and action_space.is_bounded(),
           f"--env-id {args.env_id}: its action space is {action_space}, expected a bounded Box of one dimension")
+    check(action_space.dtype.kind == "f" and (action_space.low < action_space.high).all(),
+          f"--env-id {args.env_id}: its action space is {action_space}, expected real numbers from a low to a higher bound")
     check(isinstance(obs_space, gym.spaces.Box),
           f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box")
     return envs
@@ -416,7 +418,7 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, lo
     check(actions.dtype.kind == "f" and actions.shape[1:] == low.shape,
           f"{where}: actions are {actions.dtype} of shape {actions.shape}, expected float32 of shape (T, {len(low)})")
     check(np.isfinite(actions).all(), f"{where}: actions hold NaN or infinite values")
-    outside = ((actions < low - 1e-6) | (actions > high + 1e-6)).any(1).sum()
+    outside = (~np.isclose(actions, actions.clip(low, high), 1e-6, 1e-6)).any(1).sum()  # but for float32's rounding
     if outside:  # as many published files record them, before the environment clips them
         print(f"warning: {outside} of {len(actions)} actions lie beyond the bounds of {args.env_id} and are clipped",
               file=sys.stderr)
@@ -856,9 +858,9 @@ def train(args: Args) -> Path:
             bar.write(f"step {step}, update {updates}: eval_return {returns.mean():.1f} ± {returns.std():.1f}")
 
     def check_finite():
-        if not all(np.isfinite(float(term)) for term in terms.values()):
-            print(f"{SCRIPT}.py: the loss is not finite after {updates} updates; a smaller --learning-rate or a larger "
-                  f"--temperature helps; the last checkpoint in {run_dir}, if any, is kept", file=sys.stderr)
+        if not all(bool(torch.isfinite(x).all()) for x in (*terms.values(), *actor.parameters(), *critic.parameters())):
+            print(f"{SCRIPT}.py: training is not finite after {updates} updates; a smaller --critic-lr or --actor-lr "
+                  f"helps; the last checkpoint in {run_dir}, if any, is kept", file=sys.stderr)
             raise SystemExit(1)
 
     def save():
@@ -878,6 +880,8 @@ def train(args: Args) -> Path:
                 with torch.no_grad():
                     action = sample_action(actor, obs)[0]
                     env_action = actor.to_env(action).cpu().numpy()
+                if not np.isfinite(env_action).all():  # which some environments fail on
+                    check_finite()
                 next_obs, _, terminated, truncated, info = envs.step(env_action)
                 true_next, done = next_obs, terminated | truncated
                 if done.any():  # next_obs is the next episode's first observation there
