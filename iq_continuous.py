@@ -211,6 +211,13 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
           f"--env-id {args.env_id}: its action space is {action_space}, expected real numbers from a low to a higher bound")
     check(isinstance(obs_space, gym.spaces.Box),
           f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box")
+    if render_mode:  # told before training, not after it
+        try:
+            envs.reset()
+            envs.envs[0].render()
+        except Exception as error:  # each simulator has its own: no display, a package missing
+            raise BadInput(f"--capture-video: {args.env_id} cannot be rendered here (without a display, MuJoCo "
+                           f"takes the environment variable MUJOCO_GL=egl): {' '.join(str(error).split())}") from None
     return envs
 
 
@@ -795,6 +802,8 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = make_envs(args, args.num_envs)
+    if args.capture_video:
+        make_envs(args, 1, "rgb_array").close()
     obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
     limit = 10.0 if args.standardize_obs else np.inf  # deviations; raw observations are the network's as they are
     actor = Actor(obs_shape, action_space.low.tolist(), action_space.high.tolist(), args.hidden_size, limit).to(device)
