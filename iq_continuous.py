@@ -71,7 +71,7 @@ class Args:
     preset: Literal["ours", "paper"] = "ours"  # the settings that flags start from; the published ones for comparison
     pretrain_updates: int = 0  # updates that clone the actor, before any play
     total_timesteps: int = 50_000  # environment steps, summed over the environments
-    learning_starts: int = 1_280  # steps of the first policy before the first update
+    learning_starts: int = 1_280  # steps of the first policy before the first update; at most a tenth of the run's
     num_envs: int = 1  # environments stepped side by side
     # Demonstrations
     demos: str | None = None  # an .npz file or a Minari dataset id (default: the bundled file)
@@ -819,6 +819,7 @@ def train(args: Args) -> Path:
     optimizers = [torch.optim.Adam(network.parameters(), lr=lr, fused=True)
                   for network, lr in ((actor, args.actor_lr), (critic, args.critic_lr))]
     pretrain, total, n = args.pretrain_updates, args.total_timesteps, args.batch_size
+    starts = min(args.learning_starts, total // 10)  # so that a short run trains too
     replay = Replay(args.buffer_size if total else 1, [(obs_shape, torch.float32), (action_space.shape, torch.float32),
                                                        (obs_shape, torch.float32), ((), torch.float32)], device)
     initial = Replay(10_000, [(obs_shape, torch.float32)], device)  # states that episodes start from
@@ -902,7 +903,7 @@ def train(args: Args) -> Path:
                 obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
                 step += args.num_envs
 
-            due = max(0, step - args.learning_starts) * args.updates_per_step if playing else updates + 1 - pretrain
+            due = max(0, step - starts) * args.updates_per_step if playing else updates + 1 - pretrain
             while updates < pretrain + int(due):
                 if playing:  # expert rows first
                     batch = Batch(*(torch.cat(rows) for rows in zip(draw(demos, n), replay.sample(n))))
