@@ -229,7 +229,8 @@ def mlp(inputs: int, hidden_size: int, outputs: int, layer_norm: bool = False) -
     """Two hidden layers of ReLU units."""
     layers = []
     for size in (inputs, hidden_size):
-        layers += [nn.Linear(size, hidden_size), nn.LayerNorm(hidden_size) if layer_norm else nn.Identity(), nn.ReLU(inplace=True)]
+        norm = nn.LayerNorm(hidden_size) if layer_norm else nn.Identity()
+        layers += [nn.Linear(size, hidden_size), norm, nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(hidden_size, outputs))
 
 
