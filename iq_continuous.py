@@ -753,6 +753,7 @@ def make_update(actor, critic, target, average, optimizers, n_expert: int, args:
 
     def update(batch: Batch, initial_obs: torch.Tensor, cloning_weight: torch.Tensor) -> dict[str, torch.Tensor]:
         fresh = sample_action(actor, batch.obs)
+        torch._dynamo.graph_break()  # compiled with it, the critic's backward pass would free the actor's graph
         loss, terms = iq_loss(critic, target, actor, batch, [x.detach() for x in fresh], n_expert, initial_obs, args)
         critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()
