@@ -49,7 +49,7 @@ SCRIPT = "iq_offline"
 RANDOM_RETURN = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5, "Pendulum": -1197.2}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
-    "CartPole": {"total_updates": 3_000},
+    "CartPole": {"hidden_layers": 0, "learning_rate": 3e-3, "total_updates": 3_000},
 }
 
 
@@ -76,18 +76,18 @@ class Args:
     gradient_penalty: float = 10.0  # weight of the gradient penalty [λ], with w1 alone
     q_bound: float | None = None  # |Q| bounded by a tanh; 0 for none (default: 10 with tv, else none)
     cloning_weight: float = 0.0  # continuous actions: weight of −log π(a|s) at the expert's actions in the actor's loss
-    target_rate: float | None = None  # Polyak rate of a target network for V(s'); 0: none, V(s') has gradient (default:
-    # 0.005 with continuous actions, else 0)
-    average_rate: float = 0.0  # rate of the moving average that is evaluated and saved; 0: the network
+    target_rate: float | None = None  # Polyak rate of a target network for V(s'), 0: none (default: 0.005 if continuous)
+    average_rate: float = 0.002  # rate of the moving average that is evaluated and saved; 0: the network
     # The network
-    hidden_size: int = 64  # units of each of the two hidden layers
+    hidden_size: int = 64  # units of a hidden layer
+    hidden_layers: int = 2  # of the networks; 0: linear in the observation
     standardize_obs: bool = True  # standardise observations by the demonstrations
     # Optimisation
     learning_rate: float = 1e-3  # of Adam, with discrete actions
     actor_lr: float = 3e-4  # of Adam for the actor, with continuous actions
     critic_lr: float = 3e-4  # of Adam for the critic, with continuous actions
     weight_decay: float = 0.0  # of AdamW
-    batch_size: int = 32  # expert rows
+    batch_size: int = 128  # expert rows
     # The run
     eval_every: int = 2_000  # updates between evaluations; 0: none at all
     eval_episodes: int = 20  # episodes of an evaluation
@@ -156,7 +156,7 @@ def validate(args: Args) -> None:
     rules = {
         "at least 1": (lambda x: x >= 1, "subsample_freq batch_size eval_episodes hidden_size"),
         "at least 0": (lambda x: x >= 0, "seed total_updates num_demos temperature gradient_penalty cloning_weight "
-                       "weight_decay eval_every checkpoint_every"),
+                       "hidden_layers weight_decay eval_every checkpoint_every"),
         "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "learning_rate actor_lr critic_lr"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma holdout"),
@@ -230,14 +230,14 @@ class QNetwork(nn.Module):
     """
 
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, action_dim: int = 0, hidden_size: int = 64,
-                 q_bound: float = 0.0):
+                 hidden_layers: int = 2, q_bound: float = 0.0):
         super().__init__()
         self.sizes = {"obs_shape": tuple(obs_shape), "num_actions": num_actions, "action_dim": action_dim,
-                      "hidden_size": hidden_size, "q_bound": q_bound}
+                      "hidden_size": hidden_size, "hidden_layers": hidden_layers, "q_bound": q_bound}
         self.q_bound = q_bound
         self.register_buffer("obs_mean", torch.zeros(obs_shape))
         self.register_buffer("obs_std", torch.ones(obs_shape))
-        self.layers = mlp(int(np.prod(obs_shape)) + action_dim, hidden_size, num_actions or 1)
+        self.layers = mlp(int(np.prod(obs_shape)) + action_dim, hidden_size, hidden_layers, num_actions or 1)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor | None = None) -> torch.Tensor:
         x = ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10).flatten(1)
@@ -253,16 +253,16 @@ class Actor(nn.Module):
     """
 
     def __init__(self, obs_shape: tuple[int, ...], action_low: tuple[float, ...], action_high: tuple[float, ...],
-                 hidden_size: int = 64):
+                 hidden_size: int = 64, hidden_layers: int = 2):
         super().__init__()
         self.sizes = {"obs_shape": tuple(obs_shape), "action_low": tuple(action_low), "action_high": tuple(action_high),
-                      "hidden_size": hidden_size}
+                      "hidden_size": hidden_size, "hidden_layers": hidden_layers}
         low, high = torch.tensor(action_low), torch.tensor(action_high)
         self.register_buffer("action_center", (high + low) / 2)
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("obs_mean", torch.zeros(obs_shape))
         self.register_buffer("obs_std", torch.ones(obs_shape))
-        self.layers = mlp(int(np.prod(obs_shape)), hidden_size, 2 * len(action_low))
+        self.layers = mlp(int(np.prod(obs_shape)), hidden_size, hidden_layers, 2 * len(action_low))
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log standard deviation of x, each `[B, action_dim]`."""
@@ -298,10 +298,11 @@ def log_density(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> t
     return (gaussian - 2 * (np.log(2) - x - F.softplus(-2 * x))).sum(1)
 
 
-def mlp(inputs: int, hidden_size: int, outputs: int) -> nn.Sequential:
-    """Two hidden layers."""
-    return nn.Sequential(nn.Linear(inputs, hidden_size), nn.ReLU(), nn.Linear(hidden_size, hidden_size), nn.ReLU(),
-                         nn.Linear(hidden_size, outputs))
+def mlp(inputs: int, hidden_size: int, hidden_layers: int, outputs: int) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    widths = [inputs, *[hidden_size] * hidden_layers]
+    hidden = [layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(widths[-1], outputs))
 
 
 # --------------------------------------------------------------------------- Demonstrations and replay
@@ -911,8 +912,9 @@ def train(args: Args) -> Path:
     evaluated = args.env_id is not None and args.eval_every > 0
 
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
-    network = QNetwork(obs_shape, num_actions, len(action_low), args.hidden_size, q_bound).to(device)
-    actor = None if num_actions else Actor(obs_shape, action_low, action_high, args.hidden_size).to(device)
+    size = (args.hidden_size, args.hidden_layers)
+    network = QNetwork(obs_shape, num_actions, len(action_low), *size, q_bound).to(device)
+    actor = None if num_actions else Actor(obs_shape, action_low, action_high, *size).to(device)
     if args.standardize_obs:
         for module in filter(None, (network, actor)):
             module.obs_mean.copy_(demos.transitions.obs.mean(0))

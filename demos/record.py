@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import gymnasium as gym
@@ -18,6 +19,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import iq_atari
 import iq_discrete
+import iq_offline
 
 FOLDER = Path(__file__).resolve().parent
 CARTPOLE_GAINS = np.array([0.2, 0.5, 1.0, 1.2])  # of position, velocity, angle, angular velocity
@@ -65,11 +67,28 @@ def grid_expert(env, obs):
     return int(env.np_random.choice(closer))
 
 
+@cache
+def pendulum_policy():
+    """SAC of sbx-rl after 15,000 steps, some minutes; its action is a function of the observation."""
+    from sbx import SAC
+
+    model = SAC("MlpPolicy", "Pendulum-v1", gamma=0.98, seed=0)
+    for _ in range(3):  # as the bundled file's expert was trained: an episode begins anew with each call
+        model.learn(5_000, reset_num_timesteps=False)
+    return model
+
+
+def pendulum_expert(env, obs):
+    """A trained policy, without its noise."""
+    return pendulum_policy().predict(obs, deterministic=True)[0]
+
+
 # environment: expert, episodes in the bundled file, least mean return, updates of the clone, its least normalized return
 TABLE = {
     "CartPole-v1": (cartpole_expert, 30, 500.0, 5_000, 0.9),
     "Acrobot-v1": (acrobot_expert, 30, -85.0, 5_000, 0.9),
     "LunarLander-v3": (lunar_lander_expert, 30, 250.0, 20_000, 0.8),
+    "Pendulum-v1": (pendulum_expert, 30, -160.0, 6_000, 0.9),
     "GridWorld-v0": (grid_expert, 30, 1.0, 5_000, 0.9),
     "PongNoFrameskip-v4": (None, 36, 19.0, 30_000, 0.5),
 }
@@ -101,10 +120,11 @@ def record(args: Args) -> dict[str, np.ndarray]:
                 columns[name].append(value)
             length, ended = length + 1, terminated or truncated
         lengths.append(length)
-    dtypes = {"observations": np.float32, "actions": np.int64, "rewards": np.float32}
+    space, continuous = env.action_space, isinstance(env.action_space, gym.spaces.Box)
+    dtypes = {"observations": np.float32, "actions": np.float32 if continuous else np.int64, "rewards": np.float32}
     arrays = {name: np.asarray(values, dtypes.get(name, bool)) for name, values in columns.items()}
-    return arrays | {"episode_lengths": np.array(lengths), "env_id": np.array(args.env_id),
-                     "num_actions": np.array(env.action_space.n)}
+    sizes = {"action_low": space.low, "action_high": space.high} if continuous else {"num_actions": np.array(space.n)}
+    return arrays | {"episode_lengths": np.array(lengths), "env_id": np.array(args.env_id)} | sizes
 
 
 def episode_returns(arrays: dict[str, np.ndarray]) -> np.ndarray:
@@ -117,6 +137,11 @@ def episode_returns(arrays: dict[str, np.ndarray]) -> np.ndarray:
 
 def clone_normalized(args: Args, path: Path, folder: str, updates: int) -> float:
     """Normalized return of behavioural cloning on all the demonstrations of `path`."""
+    if args.env_id == "Pendulum-v1":
+        iq_offline.main(["--env-id", args.env_id, "--demos", str(path), "--num-demos", "0", "--objective", "bc",
+                         "--total-updates", str(updates), "--eval-every", str(updates), "--out-dir", folder,
+                         "--run-name", "clone"])
+        return normalized(iq_offline.load_model(f"{folder}/clone/model.pt")[2], folder)
     module = iq_atari if args.env_id.startswith("Pong") else iq_discrete
     switches = {name: getattr(args, name) for name in GRID_SWITCHES} if module is iq_discrete else {}
     settings = module.Args(env_id=args.env_id, demos=str(path), num_demos=0, objective="bc", pretrain_updates=updates,
@@ -124,7 +149,11 @@ def clone_normalized(args: Args, path: Path, folder: str, updates: int) -> float
     if any(switches.values()):
         settings = module.replace(settings, network="cnn", hidden_size=32)
     module.train(settings)
-    _, saved = module.load_model(f"{folder}/clone/model.pt")
+    return normalized(module.load_model(f"{folder}/clone/model.pt")[1], folder)
+
+
+def normalized(saved: dict, folder: str) -> float:
+    """Normalized last return of the run in `folder`/clone."""
     row = (Path(folder) / "clone" / "metrics.csv").read_text().splitlines()[-1].split(",")
     return (float(row[2]) - saved["random_return"]) / (saved["expert_return"] - saved["random_return"])
 
