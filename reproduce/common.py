@@ -35,18 +35,20 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def run_all(jobs: list[tuple[dict, str]], path: Path, after=None, workers: int = 2) -> list[dict]:
+def run_all(jobs: list[tuple[dict, str]], path: Path, after=None, workers: int = 2,
+            cores: tuple[int, ...] = ()) -> list[dict]:
     """Run `(labels, command line after python)` jobs that `path` does not hold yet, and append a row for each.
 
     Args:
         after: called with the run's directory for further columns.
+        cores: the cores to run on, one run on each at a time (default: the first `workers`).
     """
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     rows, lock = read_rows(path), threading.Lock()
     done = {tuple(row[name] for name in labels) for labels, _ in jobs for row in rows if labels.keys() <= row.keys()}
     todo = [(labels, command) for labels, command in jobs if tuple(map(str, labels.values())) not in done]
     bar = tqdm(total=len(todo), desc=path.stem, unit="run")
-    cores = list(range(workers))
+    cores = list(cores or range(workers))
 
     def work(job):
         labels, command = job
@@ -68,7 +70,7 @@ def run_all(jobs: list[tuple[dict, str]], path: Path, after=None, workers: int =
             write_rows(path, rows)
             bar.update()
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(len(cores)) as pool:
         for result in [pool.submit(work, job) for job in todo]:
             result.result()
     return read_rows(path)

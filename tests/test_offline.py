@@ -18,7 +18,8 @@ import iq_offline
 ROOT = Path(__file__).parent.parent
 F64 = torch.float64
 DISCRETE, CONTINUOUS = str(ROOT / "demos" / "CartPole-v1.npz"), str(ROOT / "demos" / "Pendulum-v1.npz")
-TINY = "--num-demos 2 --subsample-freq 5 --total-updates 40 --eval-every 20 --eval-episodes 2 --hidden-size 8 --batch-size 16"
+TINY = ("--num-demos 2 --subsample-freq 5 --total-updates 40 --eval-every 20 --eval-episodes 2 --hidden-size 8 "
+        "--batch-size 16")
 BOTH = pytest.mark.parametrize("demos", [DISCRETE, CONTINUOUS], ids=["discrete", "continuous"])
 
 
@@ -441,7 +442,8 @@ BAD = {
     "bounds crossed": (demonstrations(REAL, action_low=np.ones(2), action_high=-np.ones(2)), [], "low below high"),
     "nothing left": (demonstrations(WHOLE), ["--num-demos", "1", "--holdout", "0.2"], "--holdout 0.2"),
     "another environment": (demonstrations(WHOLE), ["--env-id", "CartPole-v1"], "MyRobot-v0"),
-    "continuous for discrete": (demonstrations(REAL, env_id=np.array("CartPole-v1")), ["--env-id", "CartPole-v1"], "discrete"),
+    "continuous for discrete": (demonstrations(REAL, env_id=np.array("CartPole-v1")), ["--env-id", "CartPole-v1"],
+                                "discrete"),
     "other observations": (demonstrations(WHOLE, env_id=np.array("Acrobot-v1")), ["--env-id", "Acrobot-v1"], "(6,)"),
     "holdout of all": (demonstrations(WHOLE), ["--holdout", "1.0"], "below 1"),
     "no such environment": (demonstrations(WHOLE), ["--env-id", "NoSuchThing-v1"], "NoSuchThing"),
