@@ -870,8 +870,9 @@ def train(args: Args) -> Path:
             bar.set_postfix(eval_return=f"{returns.mean():.1f}")
             bar.write(f"step {step}, update {updates}: eval_return {returns.mean():.1f} ± {returns.std():.1f}")
 
-    def check_finite():
-        if not all(bool(torch.isfinite(x).all()) for x in (*terms.values(), *actor.parameters(), *critic.parameters())):
+    def check_finite(*more):
+        tensors = (*terms.values(), *actor.parameters(), *critic.parameters(), *more)
+        if not all(bool(torch.isfinite(x).all()) for x in tensors):
             print(f"{SCRIPT}.py: training is not finite after {updates} updates; a smaller --critic-lr or --actor-lr "
                   f"helps; the last checkpoint in {run_dir}, if any, is kept", file=sys.stderr)
             raise SystemExit(1)
@@ -894,7 +895,7 @@ def train(args: Args) -> Path:
                     action = sample_action(actor, obs)[0]
                     env_action = actor.to_env(action).cpu().numpy()
                 if not np.isfinite(env_action).all():  # which some environments fail on
-                    check_finite()
+                    check_finite(action)
                 next_obs, _, terminated, truncated, info = envs.step(env_action)
                 true_next, done = next_obs, terminated | truncated
                 if done.any():  # next_obs is the next episode's first observation there
