@@ -75,9 +75,9 @@ class Args:
     value_loss: Literal["value_expert", "v0", "v0_expert"] = "value_expert"  # form of the second term
     gradient_penalty: float = 10.0  # weight of the gradient penalty [λ], with w1 alone
     q_bound: float | None = None  # |Q| bounded by a tanh; 0 for none (default: 10 with tv, else none)
-    cloning_weight: float = 0.0  # continuous actions: weight of −log π(a|s) at the expert's actions in the actor's loss
     target_rate: float | None = None  # Polyak rate of a target network for V(s'), 0: none (default: 0.005 if continuous)
     average_rate: float = 0.002  # rate of the moving average that is evaluated and saved; 0: the network
+    cloning_weight: float = 0.0  # weight of cloning in the actor's loss, with continuous actions
     # The network
     hidden_size: int = 64  # units of a hidden layer
     hidden_layers: int = 2  # of the networks; 0: linear in the observation

@@ -19,6 +19,7 @@ from gymnasium.spaces import Box, Discrete
 sys.path.insert(0, str(ROOT))
 import iq_atari
 import iq_discrete
+import iq_offline
 
 FOLDER = Path(__file__).resolve().parent
 ROUNDS = 5
@@ -54,7 +55,7 @@ def loop_seconds(module, args, envs) -> float:
         def one(*batch):
             nonlocal start, first
             count[0] += 1
-            if count[0] == 1 + args.pretrain_updates // 10:  # the first ones allocate
+            if count[0] == 1 + getattr(args, "pretrain_updates", 0) // 10:  # the first ones allocate
                 start, first = time.perf_counter(), count[0]
             return update(*batch)
 
@@ -87,6 +88,8 @@ def cases():
     """name, script, settings, observation shape, batch rows of one update, updates in a round."""
     cartpole = iq_discrete.Args(eval_every=0, checkpoint_every=0, save_model=False, num_demos=10, total_timesteps=3000)
     yield "CartPole, online", iq_discrete, cartpole, (4,), 2 * cartpole.batch_size, 3000
+    offline = iq_offline.Args(env_id="CartPole-v1", eval_every=0, checkpoint_every=0, save_model=False, total_updates=3000)
+    yield "CartPole, offline", iq_offline, offline, (4,), offline.batch_size, 3000
     for name, change in (("Pong, demonstrations alone", {"pretrain_updates": 60, "total_timesteps": 0}),
                          ("Pong, online", {"pretrain_updates": 0, "total_timesteps": 480, "num_envs": 8,
                                            "updates_per_step": 0.125, "buffer_size": 2000, "chi2_rows": "both",
@@ -114,20 +117,19 @@ def main():
     rows = []
     for name, module, args, shape, batch, updates in cases():
         make_envs = module.make_envs
-        actions = 2 if module is iq_discrete else 6
-        dtype = np.float32 if module is iq_discrete else np.uint8
+        actions = 6 if module is iq_atari else 2
+        dtype = np.uint8 if module is iq_atari else np.float32
         if module is iq_atari:  # loading plays games again: once, and then the same frames
             loaded = iq_atari.load_demonstrations(args, 6, torch.device("cpu"))
             iq_atari.load_demonstrations = lambda *_, loaded=loaded: loaded
         bare, loop = [], []
         for _ in range(ROUNDS):
-            network = (iq_discrete.QNetwork(shape, actions, args.network, args.hidden_size)
-                       if module is iq_discrete else iq_atari.QNetwork(actions))
+            network = iq_atari.QNetwork(actions) if module is iq_atari else module.QNetwork(shape, actions)
             if module is iq_atari:
                 network.autocast = args.bfloat16 and iq_atari.has_bfloat16(torch.device("cpu"))
-            obs = torch.rand(batch, *shape) if module is iq_discrete else torch.randint(0, 255, (batch, *shape)).byte()
+            obs = torch.randint(0, 255, (batch, *shape)).byte() if module is iq_atari else torch.rand(batch, *shape)
             bare.append(bare_seconds(network, obs, args.learning_rate, updates))
-            loop.append(loop_seconds(module, args, StubEnvs(args.num_envs, shape, dtype, actions)))
+            loop.append(loop_seconds(module, args, StubEnvs(getattr(args, "num_envs", 1), shape, dtype, actions)))
         module.make_envs = make_envs
         bare, loop = np.median(bare), np.median(loop)
         rows += [{"what": f"{name}: bare work, ms", "value": round(1e3 * bare, 3)},

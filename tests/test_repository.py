@@ -2,6 +2,7 @@
 import csv
 import dataclasses
 import importlib
+import itertools
 import re
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_the_readme_is_short_and_has_one_line_for_each_set_up_command():
     assert len(commands) == 2 and "iq_atari.py" in commands[0] and commands[1].endswith("pytest")
 
 
-@pytest.mark.parametrize("name", ["discrete", "pong"])
+@pytest.mark.parametrize("name", ["discrete", "pong", "figure2_offline"])
 def test_the_tables_are_made_from_the_csv_files(name):
     """reproduce/<name>.md is what <name>.csv gives, and every line of the README's tables stands in such a table."""
     module = importlib.import_module(name)
@@ -61,7 +62,12 @@ def test_the_tables_are_made_from_the_csv_files(name):
     assert all(row["commit"] and row["command"] for row in rows)
     assert module.table(rows) == (ROOT / "reproduce" / f"{name}.md").read_text()
     lines = [line for line in (ROOT / "reproduce" / f"{name}.md").read_text().splitlines() if not set(line) <= set("|- ")]
-    assert set(lines) <= set(README.splitlines())
+    shown = README.splitlines()
+    if name == "figure2_offline":  # the README has a part of its lines
+        block = itertools.takewhile(lambda line: line.startswith("|"), shown[shown.index(lines[0]) :])
+        assert {line for line in block if not set(line) <= set("|- ")} <= set(lines)
+        return
+    assert set(lines) <= set(shown)
 
 
 def test_demonstrations_are_small_and_as_their_readme_says():
