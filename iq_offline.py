@@ -75,9 +75,9 @@ class Args:
     value_loss: Literal["value_expert", "v0", "v0_expert"] = "value_expert"  # form of the second term
     gradient_penalty: float = 10.0  # weight of the gradient penalty [λ], with w1 alone
     q_bound: float | None = None  # |Q| bounded by a tanh; 0 for none (default: 10 with tv, else none)
-    cloning_weight: float = 0.0  # continuous actions: weight of −log π(a|s) at the expert's actions in the actor's loss
     target_rate: float | None = None  # Polyak rate of a target network for V(s'), 0: none (default: 0.005 if continuous)
     average_rate: float = 0.002  # rate of the moving average that is evaluated and saved; 0: the network
+    cloning_weight: float = 0.0  # weight of cloning in the actor's loss, with continuous actions
     # The network
     hidden_size: int = 64  # units of a hidden layer
     hidden_layers: int = 2  # of the networks; 0: linear in the observation
@@ -246,56 +246,53 @@ class QNetwork(nn.Module):
 
 
 class Actor(nn.Module):
-    """π(a|s) of continuous actions: a diagonal Gaussian x through a = tanh(x), so that a is in [−1, 1].
+    """π(·|s): observations `[B, *obs_shape]` to mean and log-deviation, each `[B, A]`, of a Gaussian whose tanh is the
+    action in [−1, 1]. It holds the observation statistics and knows the environment's units of action."""
 
-    Densities are those of a in [−1, 1], whatever the environment's units. It holds the observation statistics and the
-    action bounds, so that a saved actor needs nothing else.
-    """
+    LOG_STD = (-5.0, 2.0)  # least and greatest
 
-    def __init__(self, obs_shape: tuple[int, ...], action_low: tuple[float, ...], action_high: tuple[float, ...],
-                 hidden_size: int = 64, hidden_layers: int = 2):
+    def __init__(self, obs_shape: tuple[int, ...], low: list[float], high: list[float], hidden_size: int = 64,
+                 hidden_layers: int = 2):
         super().__init__()
-        self.sizes = {"obs_shape": tuple(obs_shape), "action_low": tuple(action_low), "action_high": tuple(action_high),
-                      "hidden_size": hidden_size, "hidden_layers": hidden_layers}
-        low, high = torch.tensor(action_low), torch.tensor(action_high)
-        self.register_buffer("action_center", (high + low) / 2)
-        self.register_buffer("action_scale", (high - low) / 2)
+        self.sizes = {"obs_shape": tuple(obs_shape), "low": list(low), "high": list(high), "hidden_size": hidden_size,
+                      "hidden_layers": hidden_layers}
+        self.register_buffer("center", (torch.tensor(high) + torch.tensor(low)) / 2)
+        self.register_buffer("scale", (torch.tensor(high) - torch.tensor(low)) / 2)
         self.register_buffer("obs_mean", torch.zeros(obs_shape))
         self.register_buffer("obs_std", torch.ones(obs_shape))
-        self.layers = mlp(int(np.prod(obs_shape)), hidden_size, hidden_layers, 2 * len(action_low))
+        self.layers = mlp(int(np.prod(obs_shape)), hidden_size, hidden_layers, 2 * len(low))
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log standard deviation of x, each `[B, action_dim]`."""
         x = ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10).flatten(1)
         mean, log_std = self.layers(x).chunk(2, dim=1)
-        return mean, -1.5 + 3.5 * torch.tanh(log_std)  # within [−5, 2]
+        least, greatest = self.LOG_STD
+        return mean, least + (greatest - least) * (torch.tanh(log_std) + 1) / 2
 
-    def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """a ~ π(·|s) in [−1, 1] `[B, action_dim]`, with its gradient, and log π(a|s) `[B]`."""
-        mean, log_std = self(obs)
-        x = mean + log_std.exp() * torch.randn_like(mean)
-        return torch.tanh(x), log_density(x, mean, log_std)
-
-    def log_prob(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """log π(a|s) `[B]` of actions in [−1, 1], which are moved away from ±1, where it is infinite."""
-        return log_density(torch.atanh(action.clamp(-EDGE, EDGE)), *self(obs))
-
-    def to_unit(self, action: torch.Tensor) -> torch.Tensor:
-        """Actions in environment units to [−1, 1]."""
-        return ((action - self.action_center) / self.action_scale).clamp(-1, 1)
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        """The deterministic action, tanh of the mean, in the environment's units `[B, A]`."""
+        return self.to_env(torch.tanh(self(obs)[0]))
 
     def to_env(self, action: torch.Tensor) -> torch.Tensor:
-        """Actions in [−1, 1] to environment units."""
-        return self.action_center + self.action_scale * action
+        """[−1, 1] to the environment's units."""
+        return self.center + self.scale * action
+
+    def from_env(self, action: torch.Tensor) -> torch.Tensor:
+        """The environment's units to [−1, 1]."""
+        return ((action - self.center) / self.scale).clamp(-1, 1)
 
 
-EDGE = 0.999  # DEVIATION: cloning and held-out likelihoods see the expert's actions no nearer to ±1
+def log_density(mean: torch.Tensor, log_std: torch.Tensor, before_tanh: torch.Tensor) -> torch.Tensor:
+    """log π `[B]` of the actions tanh(before_tanh) in [−1, 1]: the Gaussian's less log |d tanh|, exact and stable."""
+    gaussian = -((before_tanh - mean) / log_std.exp()) ** 2 / 2 - log_std - np.log(2 * np.pi) / 2
+    log_slope = 2 * (np.log(2) - before_tanh - F.softplus(-2 * before_tanh))  # log(1 − tanh²)
+    return (gaussian - log_slope).sum(1)
 
 
-def log_density(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """Log density `[B]` of a = tanh(x) for x ~ N(mean, exp(log_std)²): that of x less Σ log(1 − tanh²x), stably."""
-    gaussian = -0.5 * ((x - mean) / log_std.exp()) ** 2 - log_std - 0.5 * np.log(2 * np.pi)
-    return (gaussian - 2 * (np.log(2) - x - F.softplus(-2 * x))).sum(1)
+def sample_action(actor: Actor, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """ã ~ π(·|s) in [−1, 1] `[B, A]`, reparameterised, and log π(ã|s) `[B]`."""
+    mean, log_std = actor(obs)
+    before_tanh = mean + log_std.exp() * torch.randn_like(mean)
+    return torch.tanh(before_tanh), log_density(mean, log_std, before_tanh)
 
 
 def mlp(inputs: int, hidden_size: int, hidden_layers: int, outputs: int) -> nn.Sequential:
@@ -588,13 +585,13 @@ def state_value(network, actor, obs, temperature: float) -> torch.Tensor:
     if actor is None:
         return soft_value(network(obs), temperature)
     with torch.no_grad():
-        fresh, log_prob = actor.sample(obs)
+        fresh, log_prob = sample_action(actor, obs)
     return network(obs, fresh) - temperature * log_prob
 
 
 def implied_reward(network, actor, obs, action, next_obs, terminated, gamma: float, temperature: float):
     """The reward that Q implies, r = Q(s,a) − γ(1−d)·V(s') (Eq. 11), `[B]`; actions as the environment takes them."""
-    q = q_value(network, actor, obs, actor.to_unit(action) if actor else action)
+    q = q_value(network, actor, obs, actor.from_env(action) if actor else action)
     return q - gamma * (1 - terminated) * state_value(network, actor, next_obs, temperature)
 
 
@@ -668,10 +665,11 @@ def actor_loss(network, actor, batch: Batch, args: Args):
     DEVIATION: `--cloning-weight` adds −log π(a|s) of the expert's actions. Nothing bounds Q(s,ã) off the data, and
     an actor that leaves the data has nothing else that brings it back.
     """
-    fresh, log_prob = actor.sample(batch.obs)
+    fresh, log_prob = sample_action(actor, batch.obs)
     terms = {"actor_entropy_term": args.temperature * log_prob.mean(), "actor_q_term": -network(batch.obs, fresh).mean()}
     if args.cloning_weight:
-        terms["actor_cloning_term"] = -args.cloning_weight * actor.log_prob(batch.obs, batch.action).mean()
+        terms["actor_cloning_term"] = -args.cloning_weight * log_policy(
+            network, actor, batch.obs, batch.action, args.temperature).mean()
     return sum(terms.values()), terms
 
 
@@ -697,9 +695,10 @@ def gradient_penalty(network, actor, batch: Batch) -> torch.Tensor:
 
 
 def log_policy(network, actor, obs, action, temperature: float) -> torch.Tensor:
-    """log π(a|s) `[B]` of softmax(Q(s,·)/τ), or of the actor."""
+    """log π(a|s) `[B]` of softmax(Q(s,·)/τ), or of the actor. Its actions at ±1, where the density is infinite, count
+    as ±0.999: cloning and held-out likelihoods are of those."""
     if actor:
-        return actor.log_prob(obs, action)
+        return log_density(*actor(obs), torch.atanh(action.clamp(-0.999, 0.999)))
     return F.log_softmax(network(obs) / max(temperature, 1e-6), 1).gather(1, action[:, None]).squeeze(1)
 
 
@@ -711,7 +710,7 @@ def bc_loss(network, actor, batch: Batch):
 
 def act(network, actor, obs: torch.Tensor) -> torch.Tensor:
     """The greedy action, as the environment takes it: argmax_a Q(s,a) `[B]`, or the actor's mode `[B, action_dim]`."""
-    return actor.to_env(torch.tanh(actor(obs)[0])) if actor else network(obs).argmax(1)
+    return actor.act(obs) if actor else network(obs).argmax(1)
 
 
 # ------------------------------------------------------------------------------------------- Evaluate
