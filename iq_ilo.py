@@ -233,13 +233,13 @@ class PointMaze(gym.Env):
     def step(self, action: np.ndarray):
         force = np.clip(np.asarray(action, np.float64), -1, 1)
         self.velocity = (1 - self.FRICTION) * self.velocity + self.FORCE * force
-        end = self.position + self.TIME_STEP * self.velocity
-        if self.blocks(self.position, end):  # it slides along the barrier, on its own side
+        moved = self.position + self.TIME_STEP * self.velocity
+        end = np.clip(moved, 0, 1)
+        self.velocity[end != moved] = 0  # it slides along the square's edges
+        if self.blocks(self.position, end):  # and along the barrier, on its own side
             end[1] = self.HEIGHT + np.sign(self.position[1] - self.HEIGHT) * 1e-3
             self.velocity[1] = 0
-        inside = np.clip(end, 0, 1)
-        self.velocity[inside != end] = 0  # and along the square's edges
-        self.position, self.steps = inside, self.steps + 1
+        self.position, self.steps = end, self.steps + 1
         reward = -float(np.linalg.norm(self.position - self.GOAL))
         return self._observation(), reward, False, self.steps >= self.STEPS, {}
 
@@ -1012,7 +1012,9 @@ def train(args: Args) -> Path:
         policy = Softmax(critic)
     else:
         policy = TanhGaussian(obs_shape, action_space.low.tolist(), action_space.high.tolist(), args.hidden_size).to(device)
-    idm = InverseDynamics(obs_shape, num_actions, discrete).to(device) if args.missing_action == "idm" else None
+    idm = None
+    if args.missing_action == "idm":
+        idm = InverseDynamics(obs_shape, num_actions, discrete, args.hidden_size).to(device)
     obs, next_obs, _ = demos.transitions
     statistics = [(idm.standardize_change, next_obs - obs), (idm.standardize, obs)] if idm else []
     if args.standardize_obs:  # DEVIATION: the paper has raw observations
