@@ -49,13 +49,14 @@ SCRIPT = "iq_ilo"
 # Mean return of uniformly random actions, 100 episodes, seeds 0 to 99; measured when an environment is missing.
 RANDOM_RETURN: dict[str, float] = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
+DISCRETE = {"learning_starts": 500, "value_loss": "value", "target_rate": 0.0, "layer_norm": False, "standardize_obs": False,
+            "batch_size": 32}
 SETTINGS: dict[str, dict] = {
-    "CartPole": {"total_timesteps": 10_000, "eval_every": 2_000, "value_loss": "value", "temperature": 0.1},
-    "Acrobot": {"total_timesteps": 10_000, "eval_every": 2_000, "value_loss": "value", "temperature": 0.1},
-    "LunarLander": {"total_timesteps": 30_000, "value_loss": "value"},
-    "PointMaze": {"total_timesteps": 15_000, "num_demos": 0},
-    "Pendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
-    "InvertedPendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
+    "CartPole": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
+    "Acrobot": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
+    "LunarLander": DISCRETE | {"total_timesteps": 20_000},
+    "PointMaze": {"hidden_size": 64, "batch_size": 64, "num_demos": 0, "actor_lr": 3e-4, "average_rate": 0.002,
+                  "total_timesteps": 8_000, "eval_every": 2_000},
 }
 
 

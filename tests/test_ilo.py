@@ -27,7 +27,7 @@ FINAL = re.compile(r"final eval_return=(\S+) std=(\S+) episodes=(\d+) expert=(\S
                    r"steps=(\d+) updates=(\d+) seconds=(\S+) run_dir=(\S+)")
 VALUE_LOSSES = ["value", "value_expert", "v0", "v0_expert"]
 TINY = ("--total-timesteps 240 --learning-starts 100 --eval-every 80 --eval-episodes 3 --num-demos 2 --batch-size 8 "
-        "--hidden-size 16 --reward-updates 5").split()
+        "--hidden-size 16 --reward-updates 5 --value-loss v0_expert").split()
 
 
 # ---------------------------------------------------------------------------------------------- the objective
