@@ -847,8 +847,8 @@ def train(args: Args) -> Path:
             bar.write(f"step {step}, update {updates}: eval_return {returns.mean():.1f} ± {returns.std():.1f}")
 
     def check_finite():
-        if not all(np.isfinite(float(term)) for term in terms.values()):
-            print(f"{SCRIPT}.py: the loss is not finite after {updates} updates; a smaller --learning-rate or a larger "
+        if not all(bool(torch.isfinite(x).all()) for x in (*terms.values(), *network.parameters())):
+            print(f"{SCRIPT}.py: training is not finite after {updates} updates; a smaller --learning-rate or a larger "
                   f"--temperature helps; the last checkpoint in {run_dir}, if any, is kept", file=sys.stderr)
             raise SystemExit(1)
 

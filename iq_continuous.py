@@ -46,7 +46,8 @@ from tqdm import tqdm
 
 SCRIPT = "iq_continuous"
 # Mean return of uniformly random actions, 100 episodes, seeds 0 to 99; measured when an environment is missing.
-RANDOM_RETURN: dict[str, float] = {}
+RANDOM_RETURN = {"Hopper": 15.4, "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": -53.6, "Humanoid": 112.4,
+                 "Pendulum": -1199.9, "InvertedPendulum": 4.4}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
     "Pendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
@@ -71,7 +72,7 @@ class Args:
     preset: Literal["ours", "paper"] = "ours"  # the settings that flags start from; the published ones for comparison
     pretrain_updates: int = 0  # updates that clone the actor, before any play
     total_timesteps: int = 50_000  # environment steps, summed over the environments
-    learning_starts: int = 1_280  # steps of the first policy before the first update
+    learning_starts: int = 1_280  # steps of the first policy before the first update; at most a tenth of the run's
     num_envs: int = 1  # environments stepped side by side
     # Demonstrations
     demos: str | None = None  # an .npz file or a Minari dataset id (default: the bundled file)
@@ -207,40 +208,52 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
           f"--env-id {args.env_id}: its actions are discrete, which iq_discrete.py is for")
     check(isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1 and action_space.is_bounded(),
           f"--env-id {args.env_id}: its action space is {action_space}, expected a bounded Box of one dimension")
+    check(action_space.dtype.kind == "f" and (action_space.low < action_space.high).all(),
+          f"--env-id {args.env_id}: its action space is {action_space}, expected real numbers from a low to a higher bound")
     check(isinstance(obs_space, gym.spaces.Box),
           f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box")
+    if render_mode:  # told before training, not after it
+        try:
+            envs.reset()
+            envs.envs[0].render()
+        except Exception as error:  # each simulator has its own: no display, a package missing
+            raise BadInput(f"--capture-video: {args.env_id} cannot be rendered here (without a display, MuJoCo "
+                           f"takes the environment variable MUJOCO_GL=egl): {' '.join(str(error).split())}") from None
     return envs
 
 
 # ------------------------------------------------------------------------------------------- Networks
 class Standardize(nn.Module):
-    """(x − mean) / deviation, clipped: within the networks, so that a saved one takes raw observations."""
+    """(x − mean) / deviation, clipped at ±limit: within the networks, so that a saved one takes raw observations."""
 
-    def __init__(self, obs_shape: tuple[int, ...]):
+    def __init__(self, obs_shape: tuple[int, ...], limit: float):
         super().__init__()
+        self.limit = limit
         self.register_buffer("mean", torch.zeros(obs_shape))
         self.register_buffer("std", torch.ones(obs_shape))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return ((obs - self.mean) / self.std).clamp(-10, 10).flatten(1)
+        return ((obs - self.mean) / self.std).clamp(-self.limit, self.limit).flatten(1)
 
 
 def mlp(inputs: int, hidden_size: int, outputs: int, layer_norm: bool = False) -> nn.Sequential:
     """Two hidden layers of ReLU units."""
     layers = []
     for size in (inputs, hidden_size):
-        layers += [nn.Linear(size, hidden_size), nn.LayerNorm(hidden_size) if layer_norm else nn.Identity(), nn.ReLU(inplace=True)]
+        norm = nn.LayerNorm(hidden_size) if layer_norm else nn.Identity()
+        layers += [nn.Linear(size, hidden_size), norm, nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(hidden_size, outputs))
 
 
 class QNetwork(nn.Module):
     """Q(s, a): observations `[B, *obs_shape]` and actions `[B, A]` in [−1, 1] to `[B]`."""
 
-    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, hidden_size: int = 256, layer_norm: bool = False):
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, hidden_size: int = 256, layer_norm: bool = False,
+                 obs_limit: float = 10.0):
         super().__init__()
         self.sizes = {"obs_shape": tuple(obs_shape), "num_actions": num_actions, "hidden_size": hidden_size,
-                      "layer_norm": layer_norm}
-        self.standardize = Standardize(obs_shape)
+                      "layer_norm": layer_norm, "obs_limit": obs_limit}
+        self.standardize = Standardize(obs_shape, obs_limit)
         self.layers = mlp(int(np.prod(obs_shape)) + num_actions, hidden_size, 1, layer_norm)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
@@ -253,12 +266,14 @@ class Actor(nn.Module):
 
     LOG_STD = (-5.0, 2.0)  # least and greatest
 
-    def __init__(self, obs_shape: tuple[int, ...], low: list[float], high: list[float], hidden_size: int = 256):
+    def __init__(self, obs_shape: tuple[int, ...], low: list[float], high: list[float], hidden_size: int = 256,
+                 obs_limit: float = 10.0):
         super().__init__()
-        self.sizes = {"obs_shape": tuple(obs_shape), "low": list(low), "high": list(high), "hidden_size": hidden_size}
+        self.sizes = {"obs_shape": tuple(obs_shape), "low": list(low), "high": list(high), "hidden_size": hidden_size,
+                      "obs_limit": obs_limit}
         self.register_buffer("center", (torch.tensor(high) + torch.tensor(low)) / 2)
         self.register_buffer("scale", (torch.tensor(high) - torch.tensor(low)) / 2)
-        self.standardize = Standardize(obs_shape)
+        self.standardize = Standardize(obs_shape, obs_limit)
         self.layers = mlp(int(np.prod(obs_shape)), hidden_size, 2 * len(low))
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -411,7 +426,7 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, lo
     check(actions.dtype.kind == "f" and actions.shape[1:] == low.shape,
           f"{where}: actions are {actions.dtype} of shape {actions.shape}, expected float32 of shape (T, {len(low)})")
     check(np.isfinite(actions).all(), f"{where}: actions hold NaN or infinite values")
-    outside = ((actions < low - 1e-6) | (actions > high + 1e-6)).any(1).sum()
+    outside = (~np.isclose(actions, actions.clip(low, high), 1e-6, 1e-6)).any(1).sum()  # but for float32's rounding
     if outside:  # as many published files record them, before the environment clips them
         print(f"warning: {outside} of {len(actions)} actions lie beyond the bounds of {args.env_id} and are clipped",
               file=sys.stderr)
@@ -566,14 +581,18 @@ def iq_loss(critic, target, actor: Actor, batch: Batch, fresh, n_expert: int, in
     elif args.value_loss == "value_expert":  # telescoped over the expert's occupancy
         terms["value_term"] = (V - γ * next_V[:n_expert]).mean()
     elif args.value_loss == "v0":  # not telescoped: (1 − γ)·E_ρ0[V(s0)]
-        V = soft_value(critic, actor, initial_obs, τ)
+        with torch.no_grad():  # the actor has none of this gradient either
+            initial_action, log_prob = sample_action(actor, initial_obs)
+        V = critic(initial_obs, initial_action) - τ * log_prob
         terms["value_term"] = (1 - γ) * V.mean()
     else:  # v0_expert
         terms["value_term"] = (1 - γ) * V.mean()
     rows = r[:n_expert] if args.chi2_rows == "expert" else r
     terms["chi2_term"] = (rows**2).mean() / (4 * α)
     loss = sum(terms.values())
-    means = {"value": V.mean(), "reward_expert": r[:n_expert].mean(), "reward_policy": r[n_expert:].mean()}
+    means = {"value": V.mean(), "reward_expert": r[:n_expert].mean()}
+    if len(r) > n_expert:
+        means["reward_policy"] = r[n_expert:].mean()
     return loss, {"loss": loss, **terms, **means}
 
 
@@ -751,6 +770,7 @@ def make_update(actor, critic, target, average, optimizers, n_expert: int, args:
 
     def update(batch: Batch, initial_obs: torch.Tensor, cloning_weight: torch.Tensor) -> dict[str, torch.Tensor]:
         fresh = sample_action(actor, batch.obs)
+        torch._dynamo.graph_break()  # compiled with it, the critic's backward pass would free the actor's graph
         loss, terms = iq_loss(critic, target, actor, batch, [x.detach() for x in fresh], n_expert, initial_obs, args)
         critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -784,10 +804,13 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = make_envs(args, args.num_envs)
+    if args.capture_video:
+        make_envs(args, 1, "rgb_array").close()
     obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
-    actor = Actor(obs_shape, action_space.low.tolist(), action_space.high.tolist(), args.hidden_size).to(device)
+    limit = 10.0 if args.standardize_obs else np.inf  # deviations; raw observations are the network's as they are
+    actor = Actor(obs_shape, action_space.low.tolist(), action_space.high.tolist(), args.hidden_size, limit).to(device)
     demos = load_demonstrations(args, obs_shape, actor, device)
-    critic = QNetwork(obs_shape, len(action_space.low), args.hidden_size, args.layer_norm).to(device)
+    critic = QNetwork(obs_shape, len(action_space.low), args.hidden_size, args.layer_norm, limit).to(device)
     if args.standardize_obs:  # DEVIATION: the paper has raw observations
         for network in (actor, critic):
             network.standardize.mean.copy_(demos.transitions.obs.mean(0))
@@ -798,6 +821,7 @@ def train(args: Args) -> Path:
     optimizers = [torch.optim.Adam(network.parameters(), lr=lr, fused=True)
                   for network, lr in ((actor, args.actor_lr), (critic, args.critic_lr))]
     pretrain, total, n = args.pretrain_updates, args.total_timesteps, args.batch_size
+    starts = min(args.learning_starts, total // 10)  # so that a short run trains too
     replay = Replay(args.buffer_size if total else 1, [(obs_shape, torch.float32), (action_space.shape, torch.float32),
                                                        (obs_shape, torch.float32), ((), torch.float32)], device)
     initial = Replay(10_000, [(obs_shape, torch.float32)], device)  # states that episodes start from
@@ -846,9 +870,9 @@ def train(args: Args) -> Path:
             bar.write(f"step {step}, update {updates}: eval_return {returns.mean():.1f} ± {returns.std():.1f}")
 
     def check_finite():
-        if not all(np.isfinite(float(term)) for term in terms.values()):
-            print(f"{SCRIPT}.py: the loss is not finite after {updates} updates; a smaller --learning-rate or a larger "
-                  f"--temperature helps; the last checkpoint in {run_dir}, if any, is kept", file=sys.stderr)
+        if not all(bool(torch.isfinite(x).all()) for x in (*terms.values(), *actor.parameters(), *critic.parameters())):
+            print(f"{SCRIPT}.py: training is not finite after {updates} updates; a smaller --critic-lr or --actor-lr "
+                  f"helps; the last checkpoint in {run_dir}, if any, is kept", file=sys.stderr)
             raise SystemExit(1)
 
     def save():
@@ -868,6 +892,8 @@ def train(args: Args) -> Path:
                 with torch.no_grad():
                     action = sample_action(actor, obs)[0]
                     env_action = actor.to_env(action).cpu().numpy()
+                if not np.isfinite(env_action).all():  # which some environments fail on
+                    check_finite()
                 next_obs, _, terminated, truncated, info = envs.step(env_action)
                 true_next, done = next_obs, terminated | truncated
                 if done.any():  # next_obs is the next episode's first observation there
@@ -879,7 +905,7 @@ def train(args: Args) -> Path:
                 obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
                 step += args.num_envs
 
-            due = max(0, step - args.learning_starts) * args.updates_per_step if playing else updates + 1 - pretrain
+            due = max(0, step - starts) * args.updates_per_step if playing else updates + 1 - pretrain
             while updates < pretrain + int(due):
                 if playing:  # expert rows first
                     batch = Batch(*(torch.cat(rows) for rows in zip(draw(demos, n), replay.sample(n))))
@@ -887,9 +913,9 @@ def train(args: Args) -> Path:
                     terms = update(batch, initial.sample(n)[0], torch.tensor(fade, device=device))
                 else:
                     terms = clone(draw(demos, n))
+                    if average:  # before play it is the actor itself, so that it starts where play does
+                        average.load_state_dict(actor.state_dict())
                 updates += 1
-                if average and updates == pretrain:  # the average starts where play does
-                    average.load_state_dict(actor.state_dict())
 
             clock, tick = (step, args.num_envs) if playing else (updates, 1)
             bar.update(tick)

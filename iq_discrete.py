@@ -288,6 +288,13 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
           f"--env-id {args.env_id}: its action space is {action_space}, expected Discrete(n)")
     check(isinstance(obs_space, gym.spaces.Box),
           f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box")
+    if render_mode:  # told before training, not after it
+        try:
+            envs.reset()
+            envs.envs[0].render()
+        except Exception as error:  # each simulator has its own: no display, a package missing
+            raise BadInput(f"--capture-video: {args.env_id} cannot be rendered here: "
+                           f"{' '.join(str(error).split())}") from None
     return envs
 
 
@@ -851,6 +858,8 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = make_envs(args, args.num_envs)
+    if args.capture_video:
+        make_envs(args, 1, "rgb_array").close()
     obs_shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
     check(args.network == "mlp" or env_name(args.env_id) == "GridWorld",
           f"--network cnn: it is for GridWorld, not {args.env_id}")
@@ -918,8 +927,8 @@ def train(args: Args) -> Path:
             bar.write(f"step {step}, update {updates}: eval_return {returns.mean():.1f} ± {returns.std():.1f}")
 
     def check_finite():
-        if not all(np.isfinite(float(term)) for term in terms.values()):
-            print(f"{SCRIPT}.py: the loss is not finite after {updates} updates; a smaller --learning-rate or a larger "
+        if not all(bool(torch.isfinite(x).all()) for x in (*terms.values(), *network.parameters())):
+            print(f"{SCRIPT}.py: training is not finite after {updates} updates; a smaller --learning-rate or a larger "
                   f"--temperature helps; the last checkpoint in {run_dir}, if any, is kept", file=sys.stderr)
             raise SystemExit(1)
 

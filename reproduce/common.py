@@ -35,23 +35,24 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def run_all(jobs: list[tuple[dict, str]], path: Path, after=None, workers: int = 2) -> list[dict]:
+def run_all(jobs: list[tuple[dict, str]], path: Path, after=None, cores: tuple[int, ...] = (0, 1)) -> list[dict]:
     """Run `(labels, command line after python)` jobs that `path` does not hold yet, and append a row for each.
 
     Args:
         after: called with the run's directory for further columns.
+        cores: that take a run each, at a time.
     """
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     rows, lock = read_rows(path), threading.Lock()
     done = {tuple(row[name] for name in labels) for labels, _ in jobs for row in rows if labels.keys() <= row.keys()}
     todo = [(labels, command) for labels, command in jobs if tuple(map(str, labels.values())) not in done]
     bar = tqdm(total=len(todo), desc=path.stem, unit="run")
-    cores = list(range(workers))
+    idle = list(cores)
 
     def work(job):
         labels, command = job
         with lock:
-            core = cores.pop()
+            core = idle.pop()
         try:
             run = subprocess.run(["taskset", "-c", str(core), sys.executable, *shlex.split(command)], cwd=ROOT, text=True,
                                  capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -60,7 +61,7 @@ def run_all(jobs: list[tuple[dict, str]], path: Path, after=None, workers: int =
             row = FINAL.search(run.stdout).groupdict()
         finally:
             with lock:
-                cores.append(core)
+                idle.append(core)
         with lock:
             run_dir = ROOT / row.pop("run_dir")
             row |= after(run_dir) if after else {}
@@ -68,10 +69,17 @@ def run_all(jobs: list[tuple[dict, str]], path: Path, after=None, workers: int =
             write_rows(path, rows)
             bar.update()
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(len(cores)) as pool:
         for result in [pool.submit(work, job) for job in todo]:
             result.result()
     return read_rows(path)
+
+
+def keep_curve(path: Path, labels: dict[str, str], run_dir: Path) -> None:
+    """Copy the evaluations of a run's metrics.csv to the csv file of all curves, in place of older ones."""
+    kept = [r for r in read_rows(path) if {name: r[name] for name in labels} != labels]
+    names = ("step", "updates", "eval_return_mean", "eval_return_std", "seconds")
+    write_rows(path, kept + [labels | {name: r[name] for name in names} for r in read_rows(run_dir / "metrics.csv")])
 
 
 def mean_sd(rows: list[dict], name: str, digits: int = 1) -> str:

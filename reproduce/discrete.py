@@ -75,7 +75,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(workers: int = 2, only: str = ""):
+def main(cores: tuple[int, ...] = (0, 1), only: str = ""):
     """Run what is missing; `only` keeps the tasks whose name contains it."""
     jobs = []
     for task, (flags, numbers) in TASKS.items():
@@ -87,7 +87,7 @@ def main(workers: int = 2, only: str = ""):
                         name = command.removeprefix("iq_discrete.py ").replace("--", "").replace(" ", "_")
                         jobs.append(({"task": task, "demos": n, "method": method, "seed": seed},
                                      f"{command} --run-name {name}"))
-    rows = run_all(jobs, FOLDER / "discrete.csv", grid_scores, workers)
+    rows = run_all(jobs, FOLDER / "discrete.csv", grid_scores, cores)
     (FOLDER / "discrete.md").write_text(table(rows))
     print(table(rows))
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import tyro
-from common import ROOT, mean_sd, read_rows, run_all, write_rows
+from common import ROOT, keep_curve, mean_sd, run_all, write_rows
 
 sys.path.insert(0, str(ROOT))
 import iq_atari
@@ -34,7 +34,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(workers: int = 2, seeds: tuple[int, ...] = (103, 104, 105), methods: tuple[str, ...] = ("iq", "bc")):
+def main(cores: tuple[int, ...] = (0, 1), seeds: tuple[int, ...] = (103, 104, 105), methods: tuple[str, ...] = ("iq", "bc")):
     """Run what is missing."""
     jobs = [({"method": method, "seed": seed},
              f"iq_atari.py --env-id PongNoFrameskip-v4 --seed {seed}{METHODS[method]} --run-name pong_{method}_{seed}")
@@ -42,15 +42,10 @@ def main(workers: int = 2, seeds: tuple[int, ...] = (103, 104, 105), methods: tu
 
     def curve(run_dir: Path) -> dict:
         method, seed = run_dir.name.split("_")[1:]
-        path = FOLDER / "pong_curves.csv"
-        kept = [r for r in read_rows(path) if (r["method"], r["seed"]) != (method, seed)]
-        names = ("step", "updates", "eval_return_mean", "eval_return_std", "seconds")
-        new = [{"method": method, "seed": seed} | {name: r[name] for name in names}
-               for r in read_rows(run_dir / "metrics.csv")]
-        write_rows(path, kept + new)
+        keep_curve(FOLDER / "pong_curves.csv", {"method": method, "seed": seed}, run_dir)
         return {}
 
-    rows = run_all(jobs, FOLDER / "pong.csv", curve, workers)
+    rows = run_all(jobs, FOLDER / "pong.csv", curve, cores)
     if not any(row["method"] == "random" for row in rows):
         returns = iq_atari.evaluate(None, iq_atari.Args(eval_episodes=100), "cpu")
         rows.append({"method": "random", "seed": "0 to 99", "eval_return": round(returns.mean(), 4),

@@ -10,8 +10,41 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("iq_*.py"))
 PAIRS = list(itertools.combinations(SCRIPTS, 2))
 SECTIONS = ["Args", "Environment", "Networks", "Demonstrations and replay", "IQ objective", "Evaluate", "Train"]
 
+# What differs between iq_continuous.py and either of the others: an actor and a critic, actions of real numbers.
+CONTINUOUS = {
+    "parse_args": "--preset",
+    "validate": "other flags",
+    "make_envs": "a bounded Box of actions; no grid, no emulator",
+    "QNetwork": "Q(s, a) of one action",
+    "demonstrations_path": "no grid, no second spelling of a name",
+    "check_demonstrations": "actions beyond the bounds are clipped",
+    "load_demonstrations": "actions are scaled to [-1, 1]",
+    "soft_value": "a sample of the actor, no sum over actions",
+    "implied_reward": "the actor's V(s')",
+    "iq_loss": "the actor, clipped targets; χ² alone",
+    "sample_action": "the actor's tanh-Gaussian",
+    "evaluate": "the actor acts",
+    "load_model": "actor and critic",
+    "make_update": "a step of the critic and one of the actor",
+    "train": "actor, critic and two optimizers",
+    "play": "actor; no grid switches",
+}
+CONTINUOUS_FIELDS = {
+    "env_id": "the task", "pretrain_updates": "clones the actor", "total_timesteps": "", "num_demos": "the paper's one",
+    "temperature": "never 0", "value_loss": "measured", "target_rate": "always a target critic", "average_rate": "measured",
+    "standardize_obs": "measured", "batch_size": "", "buffer_size": "", "updates_per_step": "no cloning to count for",
+    "eval_every": "", "checkpoint_every": "",
+}
+
 # Top-level functions and classes that two scripts both have and that differ on purpose, with the reason.
 INTENDED = {
+    ("iq_atari.py", "iq_continuous.py"): CONTINUOUS | {
+        "env_name": "Atari ids carry NoFrameskip",
+        "Demonstrations": "frames are kept once, transitions are indices into them",
+        "draw": "stacks are rebuilt from frames",
+        "Replay": "single frames",
+    },
+    ("iq_continuous.py", "iq_discrete.py"): CONTINUOUS,
     ("iq_atari.py", "iq_discrete.py"): {
         "validate": "other flags",
         "env_name": "Atari ids carry NoFrameskip",
@@ -31,6 +64,12 @@ INTENDED = {
 }
 # The same for fields of Args that both have: default, type or comment.
 INTENDED_FIELDS = {
+    ("iq_atari.py", "iq_continuous.py"): CONTINUOUS_FIELDS | {
+        "seed": "the comment", "num_envs": "", "dones_are": "a file of frames",
+    },
+    ("iq_continuous.py", "iq_discrete.py"): CONTINUOUS_FIELDS | {
+        "divergence": "chi2 alone", "chi2_alpha": "chi2 alone", "hidden_size": "no grid", "eval_episodes": "",
+    },
     ("iq_atari.py", "iq_discrete.py"): {
         "env_id": "the task", "pretrain_updates": "", "total_timesteps": "", "num_envs": "", "num_demos": "",
         "dones_are": "a file of frames", "temperature": "the published settings", "divergence": "chi2 alone",

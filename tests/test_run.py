@@ -17,8 +17,12 @@ import pytest
 import torch
 
 import iq_atari
+import iq_continuous
 import iq_discrete
 
+MODULES = {"iq_discrete": iq_discrete, "iq_atari": iq_atari, "iq_continuous": iq_continuous}
+STEPS, UPDATES = ({"iq_discrete": 300, "iq_atari": 64, "iq_continuous": 300},
+                  {"iq_discrete": 300, "iq_atari": 12, "iq_continuous": 280})  # of `command`
 ROOT = Path(__file__).parent.parent
 FINAL = re.compile(r"final eval_return=(\S+) std=(\S+) episodes=(\d+) expert=(\S+) random=(\S+) normalized=(\S+) "
                    r"steps=(\d+) updates=(\d+) seconds=(\S+) run_dir=(\S+)")
@@ -34,13 +38,38 @@ def frames(tmp_path_factory):
     return path
 
 
+def pendulum_demos(path: Path, episodes: int = 2, length: int = 50) -> Path:
+    """Demonstrations of Pendulum cut short, by a weak controller: what they show does not matter here."""
+    env, parts = gym.make("Pendulum-v1"), {"observations": [], "actions": [], "rewards": []}
+    for seed in range(episodes):
+        parts["observations"].append(env.reset(seed=seed)[0])
+        for _ in range(length):
+            obs = parts["observations"][-1]
+            action = np.clip([-obs[1] - 0.3 * obs[2]], -2, 2).astype(np.float32)
+            obs, reward, *_ = env.step(action)
+            for name, value in (("observations", obs), ("actions", action), ("rewards", reward)):
+                parts[name].append(value)
+    ends = np.arange(1, episodes * length + 1) % length == 0
+    np.savez(path, **{name: np.array(values, np.float32) for name, values in parts.items()}, terminations=ends & False,
+             truncations=ends, episode_lengths=np.full(episodes, length), env_id=np.array("Pendulum-v1"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pendulum(tmp_path_factory):
+    return pendulum_demos(tmp_path_factory.mktemp("pendulum") / "pendulum.npz")
+
+
 @pytest.fixture
-def command(frames, tmp_path):
+def command(frames, pendulum, tmp_path):
     """The tiny command line of a script."""
     def make(script, *more):
         own = {"iq_discrete": "--total-timesteps 300 --eval-every 100 --eval-episodes 3 --num-demos 2 --subsample-freq 20",
                "iq_atari": f"--demos {frames} --num-demos 2 --pretrain-updates 6 --total-timesteps 64 --num-envs 2 "
-                           "--batch-size 4 --buffer-size 200 --eval-every 0 --updates-per-step 0.1"}[script]
+                           "--batch-size 4 --buffer-size 200 --eval-every 0 --updates-per-step 0.1",
+               "iq_continuous": f"--demos {pendulum} --env-id Pendulum-v1 --total-timesteps 300 --learning-starts 20 "
+                                "--num-demos 2 --batch-size 8 --hidden-size 8 --buffer-size 1000 --eval-every 100 "
+                                "--eval-episodes 3"}[script]
         return [*own.split(), "--out-dir", str(tmp_path), "--run-name", "run", *more]
     return make
 
@@ -55,37 +84,56 @@ def rows(run_dir):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("script", ["iq_discrete", "iq_atari"])
+@pytest.mark.parametrize("script", MODULES)
 def test_a_script_copied_alone_trains_and_leaves_its_outputs(script, command, tmp_path):
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(ROOT / f"{script}.py", alone)
-    missing = run(script, command(script)[2:] if script == "iq_atari" else command(script), alone, alone / f"{script}.py")
+    given = script != "iq_discrete"  # --demos, the first of its flags
+    missing = run(script, command(script)[2:] if given else command(script), alone, alone / f"{script}.py")
     assert missing.returncode == 2 and "--demos" in missing.stderr and "Traceback" not in missing.stderr
     assert not (tmp_path / "run").exists()
-    demos = ["--demos", str(ROOT / "demos" / "CartPole-v1.npz")] if script == "iq_discrete" else []
+    demos = [] if given else ["--demos", str(ROOT / "demos" / "CartPole-v1.npz")]
     done = run(script, command(script, *demos), alone, alone / f"{script}.py")
     assert done.returncode == 0, done.stderr
     final = FINAL.fullmatch(done.stdout.splitlines()[-1]).groups()
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"args.json", "metrics.csv", "model.pt", "checkpoint.pt", f"{script}.py"}
     last = rows(tmp_path / "run")[-1]
-    assert int(final[6]) == int(last["step"]) == (300 if script == "iq_discrete" else 64)
-    assert int(final[7]) == int(last["updates"]) == (300 if script == "iq_discrete" else 12)
+    assert int(final[6]) == int(last["step"]) == STEPS[script]
+    assert int(final[7]) == int(last["updates"]) == UPDATES[script]
     assert float(final[0]) == pytest.approx(float(last["eval_return_mean"]), nan_ok=True)
     assert float(final[1]) == pytest.approx(float(last["eval_return_std"]), nan_ok=True)
     assert {"steps_per_second", "seconds"} <= last.keys() and np.isfinite(float(last["loss"]))
     saved = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
-    assert {"network", "sizes", "temperature", "gamma"} <= saved.keys()
-    torch.manual_seed(1)
-    module = {"iq_discrete": iq_discrete, "iq_atari": iq_atari}[script]
-    network, _ = module.load_model(str(tmp_path / "run" / "model.pt"))
-    shape = (5, 4) if script == "iq_discrete" else (5, 4, 84, 84)
-    obs, action = torch.ones(shape), torch.zeros(5, dtype=torch.int64)
-    reward = module.implied_reward(network, obs, action, obs, torch.zeros(5), saved["gamma"], saved["temperature"])
+    module, path = MODULES[script], str(tmp_path / "run" / "model.pt")
+    if script == "iq_continuous":
+        actor, critic, _ = module.load_model(path)
+        obs, networks = torch.ones(5, 3), (critic, actor)
+        action = actor.act(obs)
+    else:
+        networks = module.load_model(path)[:1]
+        obs = torch.ones((5, 4) if script == "iq_discrete" else (5, 4, 84, 84))
+        action = torch.zeros(5, dtype=torch.int64)
+    assert {"temperature", "gamma"} <= saved.keys() and any("sizes" in name for name in saved)
+    reward = module.implied_reward(*networks, obs, action, obs, torch.zeros(5), saved["gamma"], saved["temperature"])
     assert reward.shape == (5,) and torch.isfinite(reward).all()
     exists = run(script, command(script, *demos), alone, alone / f"{script}.py")
     assert exists.returncode == 2 and "exists" in exists.stderr
+
+
+def test_training_moves_every_parameter_of_actor_and_critic(command, tmp_path):
+    iq_continuous.main(command("iq_continuous", "--eval-every", "0"))
+    actor, critic, _ = iq_continuous.load_model(str(tmp_path / "run" / "model.pt"))
+    stored = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    torch.manual_seed(1)
+    fresh_actor = iq_continuous.Actor((3,), [-2.0], [2.0], 8)
+    fresh_critic = iq_continuous.QNetwork((3,), 1, 8, iq_continuous.Args().layer_norm)
+    for fresh, name, saved in ((fresh_actor, "actor", None), (fresh_critic, "critic", critic),
+                               (fresh_critic, "target", None), (fresh_actor, "average", actor)):
+        for key, before in fresh.named_parameters():
+            assert (before != stored[name][key]).any(), (name, key)
+            assert saved is None or torch.equal(saved.state_dict()[key], stored[name][key])
 
 
 def test_training_moves_every_parameter(command, tmp_path):
@@ -97,9 +145,9 @@ def test_training_moves_every_parameter(command, tmp_path):
         assert (before != after).any(), name
 
 
-@pytest.mark.parametrize("script", ["iq_discrete", "iq_atari"])
+@pytest.mark.parametrize("script", MODULES)
 def test_same_seed_same_csv(script, command, tmp_path):
-    module = {"iq_discrete": iq_discrete, "iq_atari": iq_atari}[script]
+    module = MODULES[script]
     tables = []
     for name in ("one", "two"):
         assert module.main(command(script, "--run-name", name)) == 0
@@ -127,6 +175,23 @@ def test_a_nan_reward_changes_nothing_discrete(command, tmp_path, flags):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("flags", [[], ["--value-loss", "v0", "--pretrain-updates", "20", "--cloning-weight", "0.1"]])
+def test_a_nan_reward_changes_nothing_continuous(command, tmp_path, flags):
+    def pendulum(poisoned):
+        return lambda render_mode=None: (NaNReward if poisoned else gym.Wrapper)(gym.make("Pendulum-v1"))
+
+    gym.register("Pendulum-v70", entry_point=pendulum(False), max_episode_steps=30)
+    gym.register("Pendulum-v71", entry_point=pendulum(True), max_episode_steps=30)
+    for env in ("Pendulum-v70", "Pendulum-v71"):
+        assert iq_continuous.main(command("iq_continuous", "--env-id", env, "--run-name", env, "--eval-every", "0",
+                                          *flags)) == 0
+    one, other = (torch.load(tmp_path / env / "checkpoint.pt") for env in ("Pendulum-v70", "Pendulum-v71"))
+    for name in ("actor", "critic", "target", "average"):
+        assert all(torch.equal(one[name][key], other[name][key]) for key in one[name])
+    for field, same in zip(one["replay"]["storage"], other["replay"]["storage"]):
+        assert torch.equal(field, same)
+
+
 def test_a_nan_reward_changes_nothing_atari(command, tmp_path, monkeypatch):
     assert iq_atari.main(command("iq_atari", "--run-name", "clean")) == 0
     step = iq_atari.AtariVectorEnv.step
@@ -141,15 +206,15 @@ def test_a_nan_reward_changes_nothing_atari(command, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("script", ["iq_discrete", "iq_atari"])
+@pytest.mark.parametrize("script", MODULES)
 def test_resume_writes_the_rows_after_the_checkpoint_anew(script, command, tmp_path, capsys):
-    module = {"iq_discrete": iq_discrete, "iq_atari": iq_atari}[script]
+    module = MODULES[script]
     assert module.main(command(script)) == 0
     run_dir = tmp_path / "run"
     before = rows(run_dir)
     with open(run_dir / "metrics.csv", "a") as file:  # rows that a crash left behind the checkpoint
         file.write("99999,99999" + ",0" * (len(before[0]) - 2) + "\n")
-    more = "500" if script == "iq_discrete" else "128"
+    more = str(STEPS[script] + 200)
     assert module.main(["--resume", str(run_dir), "--total-timesteps", more]) == 0
     after = rows(run_dir)
     assert [r["step"] for r in after[: len(before)]] == [r["step"] for r in before]
@@ -208,20 +273,20 @@ def test_a_checkpoint_that_fails_halfway_leaves_the_last_good_one(tmp_path, monk
     assert torch.load(tmp_path / "checkpoint.pt") == {"step": 1}
 
 
-@pytest.mark.parametrize("script", ["iq_discrete", "iq_atari"])
+@pytest.mark.parametrize("script", MODULES)
 def test_evaluate_plays_a_saved_model_and_records_it(script, command, tmp_path, capsys):
-    module = {"iq_discrete": iq_discrete, "iq_atari": iq_atari}[script]
-    episodes = ["--eval-episodes", "3" if script == "iq_discrete" else "1"]
+    module = MODULES[script]
+    episodes = ["--eval-episodes", "1" if script == "iq_atari" else "3"]
     assert module.main(command(script)) == 0
     trained = FINAL.search(capsys.readouterr().out.splitlines()[-1]).groups()
     model = str(tmp_path / "run" / "model.pt")
     assert module.main(["--evaluate", model, "--capture-video", *episodes]) == 0
     played = FINAL.search(capsys.readouterr().out.splitlines()[-1]).groups()
-    if script == "iq_discrete":
+    if script != "iq_atari":
         assert played[:2] == trained[:2]
     assert (tmp_path / "run" / "videos" / "evaluate.mp4").stat().st_size > 1000
-    other = {"iq_discrete": iq_atari, "iq_atari": iq_discrete}[script]
-    assert other.main(["--evaluate", model]) == 2
+    for other in MODULES.values():
+        assert other is module or other.main(["--evaluate", model]) == 2
 
 
 def test_track_logs_offline_with_the_video(command, tmp_path):
@@ -233,19 +298,20 @@ def test_track_logs_offline_with_the_video(command, tmp_path):
     assert (tmp_path / "run" / "videos" / "step_300.mp4").stat().st_size > 1000
 
 
-BOOLEANS = [f.name for f in dataclasses.fields(iq_discrete.Args) if f.type is bool
-            and f.name not in ("track", "compile", "capture_video")]
+BOOLEANS = [(script, f.name) for script in ("iq_discrete", "iq_continuous")
+            for f in dataclasses.fields(MODULES[script].Args)
+            if f.type is bool and f.name not in ("track", "compile", "capture_video")]
 
 
-@pytest.mark.parametrize("name", BOOLEANS)
-def test_every_switch_both_ways(name, command, tmp_path):
+@pytest.mark.parametrize("script, name", BOOLEANS)
+def test_every_switch_both_ways(script, name, command, tmp_path):
     grid = name in ("random_walls", "random_start", "random_goal", "stay_action")
     flag = name.replace("_", "-")
     for value in (f"--{flag}", f"--no-{flag}"):
-        arguments = command("iq_discrete", "--run-name", value.strip("-"), value)
+        arguments = command(script, "--run-name", value.strip("-"), value)
         if grid:
             arguments += ["--env-id", "GridWorld-v0", "--demos", str(ROOT / "demos" / "GridWorld-v0.npz")]
-        assert iq_discrete.main(arguments) == 0
+        assert MODULES[script].main(arguments) == 0
         assert json.loads((tmp_path / value.strip("-") / "args.json").read_text())[name] is not value.startswith("--no")
         assert (tmp_path / value.strip("-") / "model.pt").exists() is (name != "save_model" or not value.startswith("--no"))
 
@@ -263,6 +329,172 @@ def test_every_form_of_the_objective_trains(flags, command, tmp_path):
     assert ("chi2_term" in last) is (("divergence" not in flags or "chi2-alpha" in flags) and "bc" not in flags)
 
 
+@pytest.mark.parametrize("flags, updates", [
+    *((f"--value-loss {form} --chi2-rows {rows}", 280) for form in ("value", "value_expert", "v0", "v0_expert")
+      for rows in ("expert", "both")),
+    ("--preset paper", 280), ("--temperature 0", 280), ("--average-rate 0", 280), ("--target-rate 1", 280),
+    ("--num-envs 3 --updates-per-step 0.5", 140), ("--updates-per-step 2", 560), ("--buffer-size 50", 280),
+    ("--pretrain-updates 50 --cloning-weight 0.1 --cloning-steps 100", 330), ("--subsample-freq 20", 280),
+    ("--total-timesteps 0 --pretrain-updates 30", 30), ("--learning-starts 1280", 270),  # a tenth of the run's steps
+])
+def test_every_form_of_the_actor_critic_trains(flags, updates, command, tmp_path):
+    assert iq_continuous.main(command("iq_continuous", *flags.split(), "--eval-every", "0")) == 0
+    last = rows(tmp_path / "run")[-1]
+    assert all(np.isfinite(float(v)) for k, v in last.items() if not k.startswith("eval"))
+    assert int(last["updates"]) == updates and ("cloning_loss" in last) is ("pretrain" in flags)
+    assert ("loss" in last) is ("--total-timesteps 0" not in flags)
+
+
+class Clock(gym.Env):
+    """Observations `[episode, time]`, actions in the units of two different ranges, which it notes as they come."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gym.spaces.Box(np.array([-0.4, 0], np.float32), np.array([0.4, 3], np.float32))
+    received: list = []
+
+    def __init__(self, ends_at: int | None = None, render_mode: str | None = None):
+        self.episode, self.ends_at = 0, ends_at
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.time = self.episode + 1, 0
+        return np.array([self.episode, 0], np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.received.append(action.copy())
+        self.time += 1
+        return np.array([self.episode, self.time], np.float32), 0.0, self.time == self.ends_at, False, {}
+
+
+gym.register("Clock-v0", entry_point=Clock, max_episode_steps=5)
+gym.register("Clock-v1", entry_point=Clock, max_episode_steps=5, kwargs={"ends_at": 3})
+
+
+def clock_demos(path: Path, **more) -> Path:
+    actions = np.tile(np.array([[0.1, 2.0], [-0.4, 0.0], [0.4, 3.0], [0.3, 1.5], [0.0, 0.5]], np.float32), (2, 1))
+    observations = np.array([[e, t] for e in (70, 80) for t in range(6)], np.float32)
+    ends = np.arange(10) % 5 == 4
+    np.savez(path, **({"observations": observations, "actions": actions, "terminations": ends & False, "truncations": ends,
+                       "episode_lengths": np.array([5, 5]), "env_id": np.array("Clock-v0")} | more))
+    return path
+
+
+CLOCK = "--num-demos 2 --total-timesteps 24 --learning-starts 1 --batch-size 4 --hidden-size 4 --eval-every 0"
+
+
+@pytest.mark.parametrize("env, num_envs", [("Clock-v0", 1), ("Clock-v0", 3), ("Clock-v1", 1), ("Clock-v1", 2)])
+def test_the_stored_next_observation_at_an_end_is_the_true_last_one(env, num_envs, tmp_path):
+    """At a time limit it is not the next episode's first, and that row is not terminated."""
+    demos, length = clock_demos(tmp_path / "clock.npz"), 5 if env == "Clock-v0" else 3
+    Clock.received = []
+    assert iq_continuous.main([*CLOCK.split(), "--env-id", env, "--num-envs", str(num_envs), "--demos", str(demos),
+                               "--out-dir", str(tmp_path), "--run-name", "run"]) == 0
+    stored = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    obs, action, next_obs, terminated = stored["replay"]["storage"]
+    assert len(obs) == stored["replay"]["written"] == 24
+    assert torch.equal(next_obs[:, 0], obs[:, 0]) and torch.equal(next_obs[:, 1], obs[:, 1] + 1)
+    assert set(obs[:, 1].tolist()) == set(range(length))
+    assert torch.equal(terminated, (next_obs[:, 1] == 3).float() if env == "Clock-v1" else torch.zeros(24))
+    initial = stored["initial"]["storage"][0]
+    assert (initial[:, 1] == 0).all() and set(initial[:2, 0].tolist()) == {70, 80}
+    assert len(initial) == 2 + num_envs + 24 // num_envs // length * num_envs
+    # What is stored is [-1, 1], what the environment received is its own units.
+    received = torch.as_tensor(np.array(Clock.received))
+    torch.testing.assert_close(received, torch.tensor([0.0, 1.5]) + torch.tensor([0.4, 1.5]) * action)
+    assert action.abs().max() <= 1 and action.std(0).min() > 0.1
+
+
+@pytest.mark.parametrize("switch", ["--standardize-obs", "--no-standardize-obs"])
+def test_statistics_are_the_demonstrations(switch, tmp_path):
+    """Mean and deviation of the transitions used; a constant dimension has a floor; off, observations stay raw."""
+    observations = np.array([[5, t] for _ in range(2) for t in range(6)], np.float32)
+    demos = clock_demos(tmp_path / "clock.npz", observations=observations)
+    assert iq_continuous.main([*CLOCK.split(), "--env-id", "Clock-v0", "--demos", str(demos), switch, "--out-dir",
+                               str(tmp_path), "--run-name", "run"]) == 0
+    actor, critic, _ = iq_continuous.load_model(str(tmp_path / "run" / "model.pt"))
+    for network in (actor, critic):
+        on = switch == "--standardize-obs"
+        torch.testing.assert_close(network.standardize.mean, torch.tensor([5.0, 2.0] if on else [0.0, 0.0]))
+        torch.testing.assert_close(network.standardize.std, torch.tensor([0.01, 2**0.5] if on else [1.0, 1.0]))
+        seen = network.standardize(torch.tensor([[5.0, 100.0]]))
+        torch.testing.assert_close(seen, torch.tensor([[0.0, 10.0] if on else [5.0, 100.0]]))
+
+
+def test_a_saved_actor_acts_the_same_from_raw_observations(command, tmp_path, monkeypatch):
+    """What evaluation used at the end of training is what model.pt holds."""
+    used = []
+    evaluate = iq_continuous.evaluate
+    monkeypatch.setattr(iq_continuous, "evaluate", lambda actor, *more: used.append(actor) or evaluate(actor, *more))
+    assert iq_continuous.main(command("iq_continuous")) == 0
+    actor, *_ = iq_continuous.load_model(str(tmp_path / "run" / "model.pt"))
+    obs = 5 * torch.randn(100, 3)
+    assert torch.equal(actor.act(obs), used[-1].act(obs))
+    assert not torch.allclose(actor.standardize.std, torch.ones(3))
+
+
+@pytest.mark.parametrize("rate", ["0", "0.0005"])
+def test_evaluations_while_cloning_are_of_the_clone(rate, command, tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(iq_continuous, "evaluate",
+                        lambda actor, *_: used.append(actor and actor.act(torch.ones(1, 3)).item()) or np.zeros(3))
+    assert iq_continuous.main(command("iq_continuous", "--total-timesteps", "0", "--pretrain-updates", "90", "--eval-every",
+                                      "30", "--average-rate", rate)) == 0
+    assert len({action for action in used if action is not None}) == 3
+
+
+def test_cloning_steps_no_environment(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "step", lambda *_: pytest.fail("stepped"))
+    assert iq_continuous.main(command("iq_continuous", "--total-timesteps", "0", "--pretrain-updates", "60", "--eval-every",
+                                      "0")) == 0
+    assert float(rows(tmp_path / "run")[-1]["cloning_loss"]) < float(rows(tmp_path / "run")[0]["cloning_loss"])
+
+
+def test_resume_restores_the_replay_and_goes_on_as_if_never_stopped(command, tmp_path):
+    """On an environment that forgets: whole episodes lie on either side of the checkpoint."""
+    demos = clock_demos(tmp_path / "clock.npz")
+    flags = [*CLOCK.split(), "--env-id", "Clock-v0", "--demos", str(demos), "--out-dir", str(tmp_path)]
+    assert iq_continuous.main([*flags, "--run-name", "run", "--total-timesteps", "20"]) == 0
+    before = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert iq_continuous.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "30"]) == 0
+    after = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert before["replay"]["written"] == 20 and after["replay"]["written"] == 30
+    for old, new in zip(before["replay"]["storage"], after["replay"]["storage"]):
+        assert torch.equal(old, new[:20])
+    assert after["critic_optimizer"]["state"][0]["step"] == after["updates"]
+    assert after["actor_optimizer"]["state"][0]["step"] == after["updates"]
+
+
+@pytest.mark.parametrize("flags", [["--critic-lr", "1e30"], ["--actor-lr", "1e30"]])
+def test_non_finite_actor_critic_exits_with_1(flags, command, tmp_path, capsys, monkeypatch):
+    """Before the environment is given a NaN, which some fail on, and with no checkpoint of NaNs."""
+    step = gym.vector.SyncVectorEnv.step
+
+    def strict(self, actions):
+        assert np.isfinite(actions).all()
+        return step(self, actions)
+
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "step", strict)
+    with pytest.raises(SystemExit) as exit:
+        iq_continuous.main(command("iq_continuous", *flags, "--checkpoint-every", "1", "--eval-every", "0"))
+    err = capsys.readouterr().err
+    assert exit.value.code == 1 and flags[0] in err and len(err.strip().splitlines()) == 1
+    stored = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert all(torch.isfinite(x).all() for name in ("actor", "critic") for x in stored[name].values())
+
+
+def test_a_video_that_cannot_be_made_is_told_before_training(command, tmp_path, capsys, monkeypatch):
+    def render(self):
+        raise RuntimeError("no\ndisplay")
+
+    monkeypatch.setattr(gym.Wrapper, "render", render)
+    for script in ("iq_discrete", "iq_continuous"):
+        assert MODULES[script].main(command(script, "--capture-video")) == 2
+        err = capsys.readouterr().err
+        assert "--capture-video" in err and "no display" in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_cnn_trains_on_the_grid(command, tmp_path):
     assert iq_discrete.main(command("iq_discrete", "--env-id", "GridWorld-v0", "--network", "cnn", "--hidden-size", "8",
                                     "--total-timesteps", "20", "--eval-every", "0")) == 0
@@ -270,7 +502,7 @@ def test_the_cnn_trains_on_the_grid(command, tmp_path):
 
 @pytest.mark.parametrize("script", ["iq_discrete", "iq_atari"])
 def test_compiled_and_eager_updates_agree(script):
-    module = {"iq_discrete": iq_discrete, "iq_atari": iq_atari}[script]
+    module = MODULES[script]
     torch.manual_seed(0)
     shape = (4,) if script == "iq_discrete" else (4, 84, 84)
     obs, next_obs = (torch.randint(0, 255, (8, *shape), dtype=torch.uint8) for _ in range(2))
