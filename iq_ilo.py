@@ -47,7 +47,9 @@ from tqdm import tqdm
 
 SCRIPT = "iq_ilo"
 # Mean return of uniformly random actions, 100 episodes, seeds 0 to 99; measured when an environment is missing.
-RANDOM_RETURN: dict[str, float] = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5}
+RANDOM_RETURN: dict[str, float] = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5, "Hopper": 15.4,
+                                   "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": -53.6, "Pendulum": -1199.9,
+                                   "InvertedPendulum": 4.4}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 DISCRETE = {"learning_starts": 500, "value_loss": "value", "target_rate": 0.0, "layer_norm": False, "standardize_obs": False,
             "batch_size": 32}
@@ -67,7 +69,7 @@ class Args:
     env_id: str = "CartPole-v1"  # a gymnasium environment with discrete or bounded continuous actions, or PointMaze-v0
     seed: int = 1  # of everything: demonstrations drawn, networks, environments
     total_timesteps: int = 50_000  # environment steps, summed over the environments
-    learning_starts: int = 1_280  # steps of uniformly random actions before the first update
+    learning_starts: int = 1_280  # steps of uniformly random actions before the first update; at most a tenth of the run's
     num_envs: int = 1  # environments stepped side by side
     # PointMaze-v0 only
     barrier: Literal["right", "left"] = "right"  # the side that the barrier reaches out from
@@ -278,33 +280,42 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     if isinstance(action_space, gym.spaces.Discrete):
         usable = action_space.start == 0
     else:
-        usable = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1 and action_space.is_bounded()
-    check(usable, f"--env-id {args.env_id}: its action space is {action_space}, expected Discrete(n) or a bounded Box of "
-          "one dimension")
+        usable = (isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1 and action_space.is_bounded()
+                  and action_space.dtype.kind == "f" and (action_space.low < action_space.high).all())
+    check(usable, f"--env-id {args.env_id}: its action space is {action_space}, expected Discrete(n), or a bounded Box of "
+          "one dimension of real numbers from a low to a higher bound")
     check(isinstance(obs_space, gym.spaces.Box),
           f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box")
+    if render_mode:  # told before training, not after it
+        try:
+            envs.reset()
+            envs.envs[0].render()
+        except Exception as error:  # each simulator has its own: no display, a package missing
+            raise BadInput(f"--capture-video: {args.env_id} cannot be rendered here (without a display, MuJoCo "
+                           f"takes the environment variable MUJOCO_GL=egl): {' '.join(str(error).split())}") from None
     return envs
 
 
 # ------------------------------------------------------------------------------------------- Networks
 class Standardize(nn.Module):
-    """(x − mean) / deviation, clipped: within the networks, so that a saved one takes raw observations."""
+    """(x − mean) / deviation, clipped at ±limit: within the networks, so that a saved one takes raw observations."""
 
-    def __init__(self, obs_shape: tuple[int, ...]):
+    def __init__(self, obs_shape: tuple[int, ...], limit: float):
         super().__init__()
+        self.limit = limit
         self.register_buffer("mean", torch.zeros(obs_shape))
         self.register_buffer("std", torch.ones(obs_shape))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return ((obs - self.mean) / self.std).clamp(-10, 10).flatten(1)
+        return ((obs - self.mean) / self.std).clamp(-self.limit, self.limit).flatten(1)
 
 
 def mlp(inputs: int, hidden_size: int, outputs: int, layer_norm: bool = False) -> nn.Sequential:
     """Two hidden layers of ReLU units."""
     layers = []
     for size in (inputs, hidden_size):
-        layers += [nn.Linear(size, hidden_size), nn.LayerNorm(hidden_size) if layer_norm else nn.Identity(),
-                   nn.ReLU(inplace=True)]
+        norm = nn.LayerNorm(hidden_size) if layer_norm else nn.Identity()
+        layers += [nn.Linear(size, hidden_size), norm, nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(hidden_size, outputs))
 
 
@@ -313,12 +324,12 @@ class QNetwork(nn.Module):
     outputs; continuous ones, float32 `[B, A]` in [−1, 1], are inputs."""
 
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, discrete: bool, hidden_size: int = 256,
-                 layer_norm: bool = False):
+                 layer_norm: bool = False, obs_limit: float = 10.0):
         super().__init__()
         self.sizes = {"obs_shape": tuple(obs_shape), "num_actions": num_actions, "discrete": discrete,
-                      "hidden_size": hidden_size, "layer_norm": layer_norm}
+                      "hidden_size": hidden_size, "layer_norm": layer_norm, "obs_limit": obs_limit}
         self.discrete = discrete
-        self.standardize = Standardize(obs_shape)
+        self.standardize = Standardize(obs_shape, obs_limit)
         inputs, outputs = (0, num_actions) if discrete else (num_actions, 1)
         self.layers = mlp(int(np.prod(obs_shape)) + inputs, hidden_size, outputs, layer_norm)
 
@@ -376,12 +387,14 @@ class TanhGaussian(nn.Module):
 
     LOG_STD = (-5.0, 2.0)  # least and greatest
 
-    def __init__(self, obs_shape: tuple[int, ...], low: list[float], high: list[float], hidden_size: int = 256):
+    def __init__(self, obs_shape: tuple[int, ...], low: list[float], high: list[float], hidden_size: int = 256,
+                 obs_limit: float = 10.0):
         super().__init__()
-        self.sizes = {"obs_shape": tuple(obs_shape), "low": list(low), "high": list(high), "hidden_size": hidden_size}
+        self.sizes = {"obs_shape": tuple(obs_shape), "low": list(low), "high": list(high), "hidden_size": hidden_size,
+                      "obs_limit": obs_limit}
         self.register_buffer("center", (torch.tensor(high) + torch.tensor(low)) / 2)
         self.register_buffer("scale", (torch.tensor(high) - torch.tensor(low)) / 2)
-        self.standardize = Standardize(obs_shape)
+        self.standardize = Standardize(obs_shape, obs_limit)
         self.layers = mlp(int(np.prod(obs_shape)), hidden_size, 2 * len(low))
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -430,7 +443,7 @@ class InverseDynamics(nn.Module):
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, discrete: bool, hidden_size: int = 256):
         super().__init__()
         self.discrete = discrete
-        self.standardize, self.standardize_change = Standardize(obs_shape), Standardize(obs_shape)
+        self.standardize, self.standardize_change = Standardize(obs_shape, 10.0), Standardize(obs_shape, 10.0)
         outputs = num_actions if discrete else 2 * num_actions
         self.layers = mlp(2 * int(np.prod(obs_shape)), hidden_size, outputs, layer_norm=True)
 
@@ -1004,15 +1017,18 @@ def train(args: Args) -> Path:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = make_envs(args, args.num_envs)
+    if args.capture_video:
+        make_envs(args, 1, "rgb_array").close()
     obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
     discrete = isinstance(action_space, gym.spaces.Discrete)
     num_actions = int(action_space.n) if discrete else len(action_space.low)
     demos = load_demonstrations(args, obs_shape, device)
-    critic = QNetwork(obs_shape, num_actions, discrete, args.hidden_size, args.layer_norm).to(device)
-    if discrete:
-        policy = Softmax(critic)
-    else:
-        policy = TanhGaussian(obs_shape, action_space.low.tolist(), action_space.high.tolist(), args.hidden_size).to(device)
+    limit = 10.0 if args.standardize_obs else np.inf  # deviations; raw observations are the network's as they are
+    critic = QNetwork(obs_shape, num_actions, discrete, args.hidden_size, args.layer_norm, limit).to(device)
+    policy = Softmax(critic)
+    if not discrete:
+        bounds = action_space.low.tolist(), action_space.high.tolist()
+        policy = TanhGaussian(obs_shape, *bounds, args.hidden_size, limit).to(device)
     idm = None
     if args.missing_action == "idm":
         idm = InverseDynamics(obs_shape, num_actions, discrete, args.hidden_size).to(device)
@@ -1032,6 +1048,7 @@ def train(args: Args) -> Path:
     optimizers = {name: torch.optim.Adam(network.parameters(), lr=lr, fused=True) if network is not None else None
                   for name, (network, lr) in parts.items()}
     total, n = args.total_timesteps, args.batch_size
+    starts = min(args.learning_starts, total // 10)  # so that a short run trains too
     kind = ((), torch.int64) if discrete else (action_space.shape, torch.float32)
     replay = Replay(args.buffer_size if total else 1, [(obs_shape, torch.float32), kind, (obs_shape, torch.float32),
                                                        ((), torch.float32)], device)
@@ -1082,9 +1099,9 @@ def train(args: Args) -> Path:
             bar.write(f"step {step}, update {updates}: eval_return {returns.mean():.1f} ± {returns.std():.1f}")
 
     def check_finite():
-        if not all(np.isfinite(float(term)) for term in terms.values()):
-            print(f"{SCRIPT}.py: the loss is not finite after {updates} updates; a smaller --learning-rate or a larger "
-                  f"--temperature helps; the last checkpoint in {run_dir}, if any, is kept", file=sys.stderr)
+        if not all(bool(torch.isfinite(x).all()) for x in (*terms.values(), *policy.parameters(), *critic.parameters())):
+            print(f"{SCRIPT}.py: training is not finite after {updates} updates; a smaller --critic-lr or --actor-lr "
+                  f"helps; the last checkpoint in {run_dir}, if any, is kept", file=sys.stderr)
             raise SystemExit(1)
 
     def save():
@@ -1099,9 +1116,11 @@ def train(args: Args) -> Path:
     with StopSignal() as stop, bar:
         while not stop.signum and step < total:
             with torch.no_grad():  # one step in each environment
-                exploring = step < args.learning_starts
+                exploring = step < starts
                 action = policy.uniform(args.num_envs) if exploring else policy.sample(obs, args.temperature)
                 env_action = policy.to_env(action).cpu().numpy()
+            if not np.isfinite(env_action).all():  # which some environments fail on
+                check_finite()
             next_obs, _, terminated, truncated, info = envs.step(env_action)
             true_next, done = next_obs, terminated | truncated
             if done.any():  # next_obs is the next episode's first observation there
@@ -1113,7 +1132,7 @@ def train(args: Args) -> Path:
             obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
             step += args.num_envs
 
-            due = max(0, step - args.learning_starts) * args.updates_per_step
+            due = max(0, step - starts) * args.updates_per_step
             while updates < int(due):
                 terms = update(draw(demos, n), Batch(*replay.sample(n)), initial.sample(n)[0])
                 updates += 1

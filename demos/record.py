@@ -69,7 +69,8 @@ def grid_expert(env, obs):
 
 def maze_expert(env, obs):
     """Towards the goal, or first past the barrier's free end, by a damped spring; it stays at the goal."""
-    maze, position, velocity = env.unwrapped, obs[:2], obs[2:]
+    maze: iq_ilo.PointMaze = env.unwrapped
+    position, velocity = obs[:2], obs[2:]
     beyond = maze.span[0] - 0.06 if maze.barrier == "right" else maze.span[1] + 0.06
     aim = maze.GOAL
     if maze.blocks(position, maze.GOAL) or (position[1] < maze.HEIGHT and maze.blocks(position + 0.1 * velocity, maze.GOAL)):

@@ -26,7 +26,7 @@ F64 = torch.float64
 FINAL = re.compile(r"final eval_return=(\S+) std=(\S+) episodes=(\d+) expert=(\S+) random=(\S+) normalized=(\S+) "
                    r"steps=(\d+) updates=(\d+) seconds=(\S+) run_dir=(\S+)")
 VALUE_LOSSES = ["value", "value_expert", "v0", "v0_expert"]
-TINY = ("--total-timesteps 240 --learning-starts 100 --eval-every 80 --eval-episodes 3 --num-demos 2 --batch-size 8 "
+TINY = ("--total-timesteps 240 --learning-starts 24 --eval-every 120 --eval-episodes 3 --num-demos 2 --batch-size 8 "
         "--hidden-size 16 --reward-updates 5 --value-loss v0_expert").split()
 
 
@@ -103,7 +103,8 @@ def test_softmax_value_marginal_and_samples(temperature):
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True) if temperature else np.eye(3)[[1, 0]]
     v = temperature * np.log(np.exp(logits).sum(1)) if temperature else logits.max(1)
     np.testing.assert_allclose(policy.value(critic, obs, temperature).detach(), v)
-    np.testing.assert_allclose(policy.marginal(function, obs, temperature).detach(), (p * function.q.detach().numpy()).sum(1))
+    marginal = policy.marginal(function, obs, temperature).detach()
+    np.testing.assert_allclose(marginal, (p * function.q.detach().numpy()).sum(1))
     torch.manual_seed(0)
     samples = policy.sample(obs.repeat(20_000, 1), temperature)
     for state in range(2):
@@ -179,7 +180,8 @@ def fit_idm(discrete, move, draw_obs, actions, steps=600):
 def test_idm_recovers_discrete_actions():
     """Where s' − s tells the action, on states that it was fitted on and on new ones."""
     effect = torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.5]])
-    idm, likelihood = fit_idm(True, lambda s, a: s + effect[a], lambda: torch.randn(128, 3), lambda: torch.randint(3, (128,)))
+    idm, likelihood = fit_idm(True, lambda s, a: s + effect[a], lambda: torch.randn(128, 3),
+                              lambda: torch.randint(3, (128,)))
     assert likelihood > math.log(0.95)
     obs, action = torch.randn(500, 3) + 1, torch.randint(3, (500,))
     assert (idm.sample(obs, obs + effect[action]) == action).float().mean() > 0.97
@@ -357,7 +359,7 @@ def train(tmp_path, name, *flags) -> Path:
 
 def same_training(*run_dirs) -> None:
     one, *others = run_dirs
-    assert int(rows_of(one)[-1]["updates"]) == 140
+    assert int(rows_of(one)[-1]["updates"]) == 216
     for other in others:
         assert str(rows_of(one)) == str(rows_of(other))
         assert all(torch.equal(a, b) for a, b in zip(networks_of(one), networks_of(other), strict=True))
@@ -404,9 +406,10 @@ def test_same_seed_same_csv_another_seed_another(env_id, tmp_path):
 def test_outputs_evaluation_and_resume(env_id, tmp_path, capsys):
     run_dir = train(tmp_path, "run", "--env-id", env_id)
     trained = FINAL.fullmatch(capsys.readouterr().out.splitlines()[-1]).groups()
-    assert {path.name for path in run_dir.iterdir()} == {"args.json", "metrics.csv", "model.pt", "checkpoint.pt", "iq_ilo.py"}
+    names = {path.name for path in run_dir.iterdir()}
+    assert names == {"args.json", "metrics.csv", "model.pt", "checkpoint.pt", "iq_ilo.py"}
     before = rows_of(run_dir)
-    assert (int(trained[6]), int(trained[7])) == (int(before[-1]["step"]), int(before[-1]["updates"])) == (240, 140)
+    assert (int(trained[6]), int(trained[7])) == (int(before[-1]["step"]), int(before[-1]["updates"])) == (240, 216)
     assert float(trained[0]) == float(before[-1]["eval_return_mean"])
     assert all(np.isfinite(float(before[-1][name])) for name in ("loss", "idm_log_likelihood", "reward_expert"))
     model = iq_ilo.load_model(str(run_dir / "model.pt"))
@@ -427,7 +430,7 @@ def test_outputs_evaluation_and_resume(env_id, tmp_path, capsys):
         file.write("99999,99999" + ",0" * len(before[0]) + "\n")
     assert iq_ilo.main(["--resume", str(run_dir), "--total-timesteps", "400"]) == 0
     after = rows_of(run_dir)
-    assert after[: len(before)] == before and [int(r["step"]) for r in after[len(before):]] == [320, 400]
+    assert after[: len(before)] == before and [int(r["step"]) for r in after[len(before):]] == [360, 400]
     assert iq_ilo.main(["--resume", str(run_dir), "--gamma", "0.5"]) == 2
 
 
@@ -444,9 +447,9 @@ def test_a_resumed_run_goes_on_as_one_that_was_not_stopped(tmp_path):
 def test_training_moves_every_parameter(env_id, tmp_path):
     run_dir = train(tmp_path, "run", "--env-id", env_id, "--eval-every", "0")
     torch.manual_seed(1)
-    critic = QNetwork((4,), 2, env_id == "CartPole-v1", 16, True)
     model = iq_ilo.load_model(str(run_dir / "model.pt"))
-    policy = Softmax(critic) if env_id == "CartPole-v1" else TanhGaussian((4,), [-1.0] * 2, [1.0] * 2, 16)
+    critic = QNetwork(**model.critic.sizes)
+    policy = Softmax(critic) if env_id == "CartPole-v1" else TanhGaussian(**model.policy.sizes)
     for fresh, trained in ((critic, model.critic), (policy, model.policy)):
         for (name, before), after in zip(fresh.named_parameters(), trained.parameters(), strict=True):
             assert (before != after).any(), name
@@ -481,7 +484,7 @@ def test_every_form_trains(env_id, flags, tmp_path):
     last = rows_of(run_dir)[-1]
     assert all(np.isfinite(float(value)) for name, value in last.items() if not name.startswith("eval"))
     assert ("idm_log_likelihood" in last) is ("missing-action" not in flags)
-    assert int(last["updates"]) == (70 if "0.5" in flags else 140)
+    assert int(last["updates"]) == (108 if "0.5" in flags else 216)
     assert (run_dir / "model.pt").exists() is ("no-save-model" not in flags)
 
 
