@@ -69,7 +69,7 @@ class Args:
     env_id: str = "CartPole-v1"  # a gymnasium environment with discrete or bounded continuous actions, or PointMaze-v0
     seed: int = 1  # of everything: demonstrations drawn, networks, environments
     total_timesteps: int = 50_000  # environment steps, summed over the environments
-    learning_starts: int = 1_280  # steps of uniformly random actions before the first update; at most a tenth of the run's
+    learning_starts: int = 1_280  # steps of uniformly random actions before the first update; at most half of the run's
     num_envs: int = 1  # environments stepped side by side
     # PointMaze-v0 only
     barrier: Literal["right", "left"] = "right"  # the side that the barrier reaches out from
@@ -94,6 +94,7 @@ class Args:
     hidden_size: int = 256  # units of a layer
     layer_norm: bool = True  # LayerNorm in the critic
     standardize_obs: bool = True  # standardise observations by the demonstrations
+    obs_noise: float = 0.0  # standard deviation of Gaussian noise on training observations
     # Optimisation
     actor_lr: float = 3e-5  # of Adam, actor
     critic_lr: float = 3e-4  # of Adam, critic
@@ -170,7 +171,7 @@ def validate(args: Args) -> None:
     rules = {
         "at least 1": (lambda x: x >= 1, "num_envs subsample_freq batch_size buffer_size eval_episodes hidden_size "
                        "learning_starts"),
-        "at least 0": (lambda x: x >= 0, "seed total_timesteps num_demos temperature reward_updates eval_every "
+        "at least 0": (lambda x: x >= 0, "seed total_timesteps num_demos temperature obs_noise reward_updates eval_every "
                        "checkpoint_every"),
         "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "actor_lr critic_lr idm_lr updates_per_step chi2_alpha"),
@@ -951,6 +952,14 @@ class Metrics:
             self.wandb.finish()
 
 
+def blurred(batch: Batch, noise: float) -> Batch:
+    """With Gaussian noise on its observations, so that the implied reward varies slowly with the state."""
+    if not noise:
+        return batch
+    return batch._replace(obs=batch.obs + noise * torch.randn_like(batch.obs),
+                          next_obs=batch.next_obs + noise * torch.randn_like(batch.obs))
+
+
 def make_update(critic, target, policy, average, average_critic, idm, optimizers, n_expert: int, args: Args):
     """One gradient step of each network as a function of tensors alone: the compile boundary."""
     critic_optimizer, actor_optimizer, idm_optimizer = optimizers
@@ -971,7 +980,7 @@ def make_update(critic, target, policy, average, average_critic, idm, optimizers
             descend(idm_optimizer, loss)
         named = Batch(expert.obs, name_actions(args.missing_action, policy, idm, expert, played, args.temperature),
                       expert.next_obs, expert.terminated)
-        batch = Batch(*(torch.cat(rows) for rows in zip(named, played)))  # expert rows first
+        batch = blurred(Batch(*(torch.cat(rows) for rows in zip(named, played))), args.obs_noise)  # expert rows first
         loss, iq_terms = iq_loss(critic, target, policy, batch, n_expert, initial_obs, args)
         descend(critic_optimizer, loss)
         terms = iq_terms | terms
@@ -997,7 +1006,8 @@ def fit_reward(critic, policy, idm, demos: Demonstrations, replay: Replay, args:
             group["lr"] = 1e-3 * (1 - update / args.reward_updates)
         expert, played = draw(demos, args.batch_size), Batch(*replay.sample(args.batch_size))
         action = name_actions(args.missing_action, policy, idm, expert, played, args.temperature)
-        obs, action, next_obs, terminated = (torch.cat(rows) for rows in zip(Batch(expert.obs, action, *expert[1:]), played))
+        rows = zip(Batch(expert.obs, action, expert.next_obs, expert.terminated), played)
+        obs, action, next_obs, terminated = blurred(Batch(*map(torch.cat, rows)), args.obs_noise)
         with torch.no_grad():
             r = critic(obs, action) - args.gamma * (1 - terminated) * policy.value(critic, next_obs, args.temperature)
         optimizer.zero_grad(set_to_none=True)
@@ -1048,7 +1058,7 @@ def train(args: Args) -> Path:
     optimizers = {name: torch.optim.Adam(network.parameters(), lr=lr, fused=True) if network is not None else None
                   for name, (network, lr) in parts.items()}
     total, n = args.total_timesteps, args.batch_size
-    starts = min(args.learning_starts, total // 10)  # so that a short run trains too
+    starts = min(args.learning_starts, total // 2)  # so that a short run trains too
     kind = ((), torch.int64) if discrete else (action_space.shape, torch.float32)
     replay = Replay(args.buffer_size if total else 1, [(obs_shape, torch.float32), kind, (obs_shape, torch.float32),
                                                        ((), torch.float32)], device)
