@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import iq_atari
 import iq_continuous
 import iq_discrete
+import iq_ilo
 
 FOLDER = Path(__file__).resolve().parent
 CARTPOLE_GAINS = np.array([0.2, 0.5, 1.0, 1.2])  # of position, velocity, angle, angular velocity
@@ -32,7 +33,7 @@ class Args:
     episodes: int | None = None  # episodes to record (default: the bundled file's)
     seed: int = 0  # of the first episode; the others follow one by one
     random_walls: bool = False  # GridWorld-v0: new walls each episode
-    random_start: bool = False  # GridWorld-v0: a new start each episode
+    random_start: bool = False  # GridWorld-v0: a new start each episode; PointMaze-v0: anywhere
     random_goal: bool = False  # GridWorld-v0: a new goal each episode
     out: Path | None = None  # the file to write (default: in this folder, named after the environment)
     clone_updates: int | None = None  # updates of the clone that is checked (default: the table's); 0 for no clone
@@ -67,6 +68,17 @@ def grid_expert(env, obs):
     return int(env.np_random.choice(closer))
 
 
+def maze_expert(env, obs):
+    """Towards the goal, or first past the barrier's free end, by a damped spring; it stays at the goal."""
+    maze: iq_ilo.PointMaze = env.unwrapped
+    position, velocity = obs[:2], obs[2:]
+    beyond = maze.span[0] - 0.06 if maze.barrier == "right" else maze.span[1] + 0.06
+    aim = maze.GOAL
+    if maze.blocks(position, maze.GOAL) or (position[1] < maze.HEIGHT and maze.blocks(position + 0.1 * velocity, maze.GOAL)):
+        aim = np.array([beyond, maze.HEIGHT + 0.02])
+    return np.clip(10 * (aim - position) - 3 * velocity, -1, 1).astype(np.float32)
+
+
 def trained_expert(env_id: str, cache: Path):
     """A policy of CrossQ, trained now or taken from `cache`."""
     import crossq
@@ -97,6 +109,7 @@ TABLE = {
     "LunarLander-v3": (lunar_lander_expert, 30, 250.0, 20_000, 0.8),
     "Pendulum-v1": (pendulum_expert, 30, -160.0, 6_000, 0.9),
     "GridWorld-v0": (grid_expert, 30, 1.0, 5_000, 0.9),
+    "PointMaze-v0": (maze_expert, 30, -25.0, 5_000, 0.9),
     "PongNoFrameskip-v4": (None, 36, 19.0, 30_000, 0.5),
     "Hopper-v5": (trained_expert, 25, 3_200.0, 20_000, 0.5),
     "HalfCheetah-v5": (trained_expert, 25, 4_900.0, 20_000, 0.5),
@@ -111,7 +124,7 @@ def record(args: Args) -> dict[str, np.ndarray]:
     """Play whole episodes one after another and return the arrays of the demonstration format."""
     expert, episodes, *_ = TABLE[args.env_id]
     switches = {name: getattr(args, name) for name in GRID_SWITCHES if getattr(args, name)}
-    episodes = args.episodes or (RANDOM_GRIDS if switches else episodes)
+    episodes = args.episodes or (RANDOM_GRIDS if switches and expert is grid_expert else episodes)
     if expert is None:
         import pong
 
@@ -155,7 +168,9 @@ def clone_normalized(args: Args, path: Path, folder: str, updates: int) -> float
     """Normalized return of behavioural cloning on all the demonstrations of `path`."""
     common = dict(env_id=args.env_id, demos=str(path), num_demos=0, pretrain_updates=updates, total_timesteps=0,
                   eval_every=updates, out_dir=folder, run_name="clone")
-    if TABLE[args.env_id][0] in (trained_expert, pendulum_expert):
+    if args.env_id.startswith("PointMaze"):  # iq_continuous.py has no flag for it
+        gym.spec(args.env_id).kwargs["random_start"] = args.random_start
+    if TABLE[args.env_id][0] in (trained_expert, pendulum_expert, maze_expert):
         module, settings = iq_continuous, iq_continuous.Args(**common, batch_size=256, actor_lr=3e-4)
     elif args.env_id.startswith("Pong"):
         module, settings = iq_atari, iq_atari.Args(**common, objective="bc")

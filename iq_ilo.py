@@ -1,0 +1,1213 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "gymnasium[classic-control,box2d,mujoco]==1.4.0", "numpy==2.4.6", "tyro==1.0.17",
+#   "tqdm==4.70.1", "wandb==0.31.0", "moviepy==2.2.1",
+# ]
+# ///
+"""Inverse soft-Q Learning (IQ-Learn, arXiv:2106.12142): imitation from observations only, and state-only rewards.
+
+The demonstrations hold states and no actions. IQ-Learn's reward r = Q(s,a) − γ V(s') still needs an action that led
+from the expert's s to its s'. By default an inverse-dynamics model p(a|s,s'), fitted on the agent's own play, names it:
+
+    L = −E_expert[E_{a ~ p(a|s,s')} φ(r)] + (value term) + E[r²]/(4α)
+
+Discrete actions (the policy is softmax(Q/τ)) and continuous ones (a tanh-Gaussian actor), as the environment has them.
+The environment's reward is never read in training, and the file's `actions` are never opened.
+
+    python iq_ilo.py --env-id CartPole-v1
+
+`state_reward` gives back a reward of the state alone. Departures from the paper are marked DEVIATION where they act.
+`diff iq_continuous.py iq_ilo.py` shows what missing actions need.
+"""
+import csv
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import time
+import zipfile
+import zlib
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.vector import AutoresetMode
+from tqdm import tqdm
+
+SCRIPT = "iq_ilo"
+# Mean return of uniformly random actions, 100 episodes, seeds 0 to 99; measured when an environment is missing.
+RANDOM_RETURN: dict[str, float] = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5, "Hopper": 15.4,
+                                   "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": -53.6, "Pendulum": -1199.9,
+                                   "InvertedPendulum": 4.4}
+# Settings that differ per environment, by its name without the version; a flag that is given always wins.
+DISCRETE = {"learning_starts": 500, "value_loss": "value", "target_rate": 0.0, "layer_norm": False, "standardize_obs": False,
+            "batch_size": 32}
+SETTINGS: dict[str, dict] = {
+    "CartPole": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
+    "Acrobot": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
+    "LunarLander": DISCRETE | {"total_timesteps": 20_000},
+    # Half of the play is random and observations are noisy, so that the reward is smooth over the whole plane. For the
+    # imitation alone --obs-noise 0 --temperature 0.01 is better.
+    "PointMaze": {"hidden_size": 64, "batch_size": 64, "num_demos": 0, "actor_lr": 3e-4, "average_rate": 0.002,
+                  "temperature": 0.1, "obs_noise": 0.06, "learning_starts": 4_000, "total_timesteps": 8_000,
+                  "eval_every": 2_000},
+}
+
+
+# ----------------------------------------------------------------------------------------------- Args
+@dataclass
+class Args:
+    # The task
+    env_id: str = "CartPole-v1"  # a gymnasium environment with discrete or bounded continuous actions, or PointMaze-v0
+    seed: int = 1  # of everything: demonstrations drawn, networks, environments
+    total_timesteps: int = 50_000  # environment steps, summed over the environments
+    learning_starts: int = 1_280  # steps of uniformly random actions before the first update; at most half of the run's
+    num_envs: int = 1  # environments stepped side by side
+    # PointMaze-v0 only
+    barrier: Literal["right", "left"] = "right"  # the side that the barrier reaches out from
+    random_start: bool = False  # episodes start anywhere (off: below the barrier)
+    # Demonstrations
+    demos: str | None = None  # an .npz file or a Minari dataset id (default: the bundled file)
+    num_demos: int = 1  # trajectories, drawn by the seed; 0 for all
+    subsample_freq: int = 1  # keep every k-th transition of a trajectory, from a random offset
+    dones_are: Literal["terminations", "time-limits"] | None = None  # what `dones` in a file means
+    # The objective (the letters of the equations in brackets)
+    missing_action: Literal["idm", "policy", "replay"] = "idm"  # the expert's action: named by the model; of π; anyone's
+    gamma: float = 0.99  # discount [γ]
+    temperature: float = 0.01  # entropy temperature of value and policy, fixed [τ]
+    divergence: Literal["chi2"] = "chi2"  # the distance; iq_discrete.py has the others [φ]
+    chi2_alpha: float = 0.5  # χ² strength [α]
+    chi2_rows: Literal["expert", "both"] = "both"  # rows whose r² is penalised
+    value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "v0_expert"  # form of the second term
+    bound_targets: bool = True  # clip V(s') to the bound that χ² gives it on both halves; not with large temperatures
+    target_rate: float = 0.005  # Polyak rate of the target critic for V(s'); 0: none, V(s') has gradient
+    average_rate: float = 0.0005  # rate of the moving average that is evaluated and saved; 0: the network
+    # The network
+    hidden_size: int = 256  # units of a layer
+    layer_norm: bool = True  # LayerNorm in the critic
+    standardize_obs: bool = True  # standardise observations by the demonstrations
+    obs_noise: float = 0.0  # standard deviation of Gaussian noise on training observations
+    # Optimisation
+    actor_lr: float = 3e-5  # of Adam, actor
+    critic_lr: float = 3e-4  # of Adam, critic
+    idm_lr: float = 1e-3  # of Adam, inverse-dynamics model
+    batch_size: int = 128  # expert rows, and as many policy rows
+    buffer_size: int = 1_000_000  # transitions of the agent's own that are kept
+    updates_per_step: float = 1.0  # gradient updates per environment step
+    reward_updates: int = 2_000  # updates of the reward network behind `state_reward`, after training; 0: none
+    # The run
+    eval_every: int = 5_000  # steps between evaluations; 0: none at all
+    eval_episodes: int = 10  # episodes of an evaluation
+    out_dir: str = "runs"  # where run directories go
+    run_name: str | None = None  # the run's directory (default: environment, script, seed, time)
+    track: bool = False  # log to Weights & Biases
+    wandb_project_name: str = "iq-learn"  # its project
+    wandb_entity: str | None = None  # its team
+    capture_video: bool = False  # record the last evaluation's first episode
+    save_model: bool = True  # write model.pt
+    checkpoint_every: int = 25_000  # steps between checkpoints; 0: only at the end or when stopped
+    resume: str | None = None  # a run directory to continue
+    evaluate: str | None = None  # a model.pt to play instead of training
+    cuda: bool = True  # use a GPU if there is one
+    compile: bool = False  # torch.compile the update
+
+
+MAY_CHANGE_ON_RESUME = {"total_timesteps", "eval_every", "eval_episodes", "track", "wandb_project_name",
+                        "wandb_entity", "capture_video", "save_model", "checkpoint_every", "resume"}
+
+
+class BadInput(Exception):
+    """A mistake that the user can mend, told in one sentence; exit status 2."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise `BadInput(message)` unless `condition` holds."""
+    if not condition:
+        raise BadInput(message)
+
+
+def env_name(env_id: str) -> str:
+    """The name without its version and namespace: `Hopper-v5` gives `Hopper`."""
+    return re.sub(r"-v\d+$", "", env_id).split("/")[-1]
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Flags over the environment's settings over the defaults; with `--resume`, over the stopped run's own.
+
+    Raises:
+        BadInput: `--resume` with no run there, of another script, or with a setting that must not change.
+    """
+    args = tyro.cli(Args, args=argv)
+    if not args.resume:
+        return tyro.cli(Args, args=argv, default=replace(Args(), **SETTINGS.get(env_name(args.env_id), {})))
+    run_dir = Path(args.resume)
+    check((run_dir / "checkpoint.pt").is_file(), f"--resume {run_dir}: no checkpoint.pt found there")
+    try:
+        stored = json.loads((run_dir / "args.json").read_text())
+        script = stored.pop("script")
+        stored = Args(**stored) if script == SCRIPT else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInput(f"--resume {run_dir}: its args.json cannot be used ({error})") from None
+    check(stored is not None, f"--resume {run_dir}: a run of {script}.py, expected one of {SCRIPT}.py")
+    stored = replace(stored, out_dir=str(run_dir.resolve().parent), run_name=run_dir.resolve().name)
+    args = tyro.cli(Args, args=argv, default=stored)
+    for name, value in asdict(args).items():
+        old = getattr(stored, name)
+        check(value == old or name in MAY_CHANGE_ON_RESUME,
+              f"--{name.replace('_', '-')} {value}: the run in {run_dir} has {old}, and a resumed run keeps it")
+    return args
+
+
+def validate(args: Args) -> None:
+    """Check the numbers among the flags, and that the choices go together. Raises BadInput."""
+    rules = {
+        "at least 1": (lambda x: x >= 1, "num_envs subsample_freq batch_size buffer_size eval_episodes hidden_size "
+                       "learning_starts"),
+        "at least 0": (lambda x: x >= 0, "seed total_timesteps num_demos temperature obs_noise reward_updates eval_every "
+                       "checkpoint_every"),
+        "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
+        "above 0 and finite": (lambda x: 0 < x < np.inf, "actor_lr critic_lr idm_lr updates_per_step chi2_alpha"),
+        "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
+        "from 0 to 1": (lambda x: 0 <= x <= 1, "target_rate average_rate"),
+    }
+    for rule, (holds, names) in rules.items():
+        for name in names.split():
+            value = getattr(args, name)
+            check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
+    check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
+    check((args.missing_action, args.value_loss) != ("policy", "value_expert"),
+          "--missing-action policy: with --value-loss value_expert expert rows alone are read, and actions of the policy "
+          "on them say nothing of the expert: take --value-loss value, v0 or v0_expert, or --missing-action idm")
+
+
+# ---------------------------------------------------------------------------------------- Environment
+class PointMaze(gym.Env):
+    """A point pushed about the unit square, round a barrier to the goal.
+
+    Observation: float32 `[4]`, position and velocity. Action: a force in [−1, 1]². Reward: −distance to the goal; the
+    point should stay there. The barrier reaches from one side across 60 % of the width at half height. 100 steps.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+    START, GOAL = np.array([0.5, 0.2]), np.array([0.5, 0.8])
+    WIDTH, HEIGHT = 0.6, 0.5  # of the barrier
+    TIME_STEP, FORCE, FRICTION = 0.1, 0.05, 0.2  # speed is at most 0.05 / 0.2
+    STEPS = 100
+
+    def __init__(self, barrier: str = "right", random_start: bool = False, render_mode: str | None = None):
+        self.barrier, self.random_start, self.render_mode = barrier, random_start, render_mode
+        low, high = np.array([0, 0, -0.25, -0.25], np.float32), np.array([1, 1, 0.25, 0.25], np.float32)
+        self.observation_space = gym.spaces.Box(low, high)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.span = (1 - self.WIDTH, 1.0) if barrier == "right" else (0.0, self.WIDTH)  # of the barrier, in x
+
+    def blocks(self, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """Whether the barrier lies across the straight way from `start` to `end`, each `[..., 2]`."""
+        below, above = start[..., 1] - self.HEIGHT, end[..., 1] - self.HEIGHT
+        share = below / np.where(below == above, 1, below - above)
+        x = start[..., 0] + share * (end[..., 0] - start[..., 0])
+        return (below * above < 0) & (self.span[0] <= x) & (x <= self.span[1])
+
+    def distances(self, position: np.ndarray) -> np.ndarray:
+        """Length of the shortest way to the goal from positions `[..., 2]`: straight, or by the barrier's free end."""
+        corner = np.array([self.span[0] if self.barrier == "right" else self.span[1], self.HEIGHT])
+        straight = np.linalg.norm(position - self.GOAL, axis=-1)
+        around = np.linalg.norm(position - corner, axis=-1) + np.linalg.norm(corner - self.GOAL)
+        return np.where(self.blocks(position, self.GOAL), around, straight)
+
+    def _observation(self) -> np.ndarray:
+        return np.concatenate([self.position, self.velocity]).astype(np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        super().reset(seed=seed)
+        self.position = self.START + self.np_random.uniform(-0.05, 0.05, 2)
+        if self.random_start:
+            self.position = self.np_random.uniform(0, 1, 2)
+        self.velocity, self.steps = np.zeros(2), 0
+        return self._observation(), {}
+
+    def step(self, action: np.ndarray):
+        force = np.clip(np.asarray(action, np.float64), -1, 1)
+        self.velocity = (1 - self.FRICTION) * self.velocity + self.FORCE * force
+        moved = self.position + self.TIME_STEP * self.velocity
+        end = np.clip(moved, 0, 1)
+        self.velocity[end != moved] = 0  # it slides along the square's edges
+        if self.blocks(self.position, end):  # and along the barrier, on its own side
+            end[1] = self.HEIGHT + np.sign(self.position[1] - self.HEIGHT) * 1e-3
+            self.velocity[1] = 0
+        self.position, self.steps = end, self.steps + 1
+        reward = -float(np.linalg.norm(self.position - self.GOAL))
+        return self._observation(), reward, False, self.steps >= self.STEPS, {}
+
+    def render(self) -> np.ndarray:
+        """RGB `[256, 256, 3]`: agent white, goal a red star, the barrier grey."""
+        x, y = np.meshgrid((np.arange(256) + 0.5) / 256, (255.5 - np.arange(256)) / 256)
+        image = np.full((256, 256, 3), (25, 30, 60), np.uint8)
+        image[(abs(y - self.HEIGHT) < 0.01) & (self.span[0] <= x) & (x <= self.span[1])] = (150, 150, 150)
+        dx, dy = x - self.GOAL[0], y - self.GOAL[1]
+        point = abs((np.arctan2(dx, dy) / (2 * np.pi) * 5) % 1 - 0.5)  # 0.5 at a tip of the star, 0 between two
+        image[np.hypot(dx, dy) < 0.02 + 0.05 * point] = (220, 30, 30)
+        image[np.hypot(x - self.position[0], y - self.position[1]) < 0.02] = (255, 255, 255)
+        return image
+
+
+gym.register("PointMaze-v0", entry_point=PointMaze)
+MAZE_SWITCHES = ("barrier", "random_start")
+
+
+def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
+    """Environments stepped together. SAME_STEP: the default autoreset would store a fake transition from an
+    episode's end to the next one's start; here the true last observation is `info["final_obs"]`.
+
+    Raises:
+        BadInput: an unknown environment, or one whose spaces this script does not handle.
+    """
+    maze = {switch: getattr(args, switch) for switch in MAZE_SWITCHES}
+    try:
+        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", render_mode=render_mode,
+                            vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
+                            **(maze if env_name(args.env_id) == "PointMaze" else {}))
+    except (gym.error.Error, ImportError, ValueError) as error:
+        raise BadInput(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    if isinstance(action_space, gym.spaces.Discrete):
+        usable = action_space.start == 0
+    else:
+        usable = (isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1 and action_space.is_bounded()
+                  and action_space.dtype.kind == "f" and (action_space.low < action_space.high).all())
+    check(usable, f"--env-id {args.env_id}: its action space is {action_space}, expected Discrete(n), or a bounded Box of "
+          "one dimension of real numbers from a low to a higher bound")
+    check(isinstance(obs_space, gym.spaces.Box),
+          f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box")
+    if render_mode:  # told before training, not after it
+        try:
+            envs.reset()
+            envs.envs[0].render()
+        except Exception as error:  # each simulator has its own: no display, a package missing
+            raise BadInput(f"--capture-video: {args.env_id} cannot be rendered here (without a display, MuJoCo "
+                           f"takes the environment variable MUJOCO_GL=egl): {' '.join(str(error).split())}") from None
+    return envs
+
+
+# ------------------------------------------------------------------------------------------- Networks
+class Standardize(nn.Module):
+    """(x − mean) / deviation, clipped at ±limit: within the networks, so that a saved one takes raw observations."""
+
+    def __init__(self, obs_shape: tuple[int, ...], limit: float):
+        super().__init__()
+        self.limit = limit
+        self.register_buffer("mean", torch.zeros(obs_shape))
+        self.register_buffer("std", torch.ones(obs_shape))
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return ((obs - self.mean) / self.std).clamp(-self.limit, self.limit).flatten(1)
+
+
+def mlp(inputs: int, hidden_size: int, outputs: int, layer_norm: bool = False) -> nn.Sequential:
+    """Two hidden layers of ReLU units."""
+    layers = []
+    for size in (inputs, hidden_size):
+        norm = nn.LayerNorm(hidden_size) if layer_norm else nn.Identity()
+        layers += [nn.Linear(size, hidden_size), norm, nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(hidden_size, outputs))
+
+
+class QNetwork(nn.Module):
+    """Q(s, a): observations `[B, *obs_shape]` and actions to `[B]`. Discrete actions, int64 `[B]`, choose one of the
+    outputs; continuous ones, float32 `[B, A]` in [−1, 1], are inputs."""
+
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, discrete: bool, hidden_size: int = 256,
+                 layer_norm: bool = False, obs_limit: float = 10.0):
+        super().__init__()
+        self.sizes = {"obs_shape": tuple(obs_shape), "num_actions": num_actions, "discrete": discrete,
+                      "hidden_size": hidden_size, "layer_norm": layer_norm, "obs_limit": obs_limit}
+        self.discrete = discrete
+        self.standardize = Standardize(obs_shape, obs_limit)
+        inputs, outputs = (0, num_actions) if discrete else (num_actions, 1)
+        self.layers = mlp(int(np.prod(obs_shape)) + inputs, hidden_size, outputs, layer_norm)
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        if self.discrete:
+            return self.each(obs).gather(1, action[:, None]).squeeze(1)
+        return self.layers(torch.cat([self.standardize(obs), action], 1)).squeeze(1)
+
+    def each(self, obs: torch.Tensor) -> torch.Tensor:
+        """Q(s, ·) of discrete actions `[B, A]`."""
+        return self.layers(self.standardize(obs))
+
+
+class Softmax(nn.Module):
+    """Discrete actions, int64 `[B]`: π(a|s) = softmax(Q(s,·)/τ). There is no actor, and V(s) is exact."""
+
+    def __init__(self, critic: QNetwork):
+        super().__init__()
+        self.critic = critic
+
+    def sample(self, obs: torch.Tensor, temperature: float) -> torch.Tensor:
+        """a ~ π(·|s); by the Gumbel maximum, which is exact at any τ and greedy at 0."""
+        q = self.critic.each(obs)
+        return (q - temperature * torch.empty_like(q).exponential_().log()).argmax(1)
+
+    def value(self, critic: QNetwork, obs: torch.Tensor, temperature: float) -> torch.Tensor:
+        """V(s) = τ·logsumexp_a(Q(s,a)/τ) `[B]`; at τ = 0 the maximum (paper, §3 and Eq. 10)."""
+        q = critic.each(obs)
+        return temperature * torch.logsumexp(q / temperature, 1) if temperature else q.max(1).values
+
+    def marginal(self, function: QNetwork, obs: torch.Tensor, temperature: float) -> torch.Tensor:
+        """E_{a ~ π(·|s)}[function(s, a)] `[B]`, exact."""
+        q = self.critic.each(obs)
+        weights = torch.softmax(q / temperature, 1) if temperature else F.one_hot(q.argmax(1), q.shape[1])
+        return (weights * function.each(obs)).sum(1)
+
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        """The greedy action, in the environment's numbers `[B]`."""
+        return self.critic.each(obs).argmax(1)
+
+    def uniform(self, n: int) -> torch.Tensor:
+        """Uniformly random actions `[n]`."""
+        return torch.randint(self.critic.sizes["num_actions"], (n,), device=self.critic.standardize.mean.device)
+
+    def to_env(self, action: torch.Tensor) -> torch.Tensor:
+        return action
+
+    def from_env(self, action: torch.Tensor) -> torch.Tensor:
+        return action
+
+
+class TanhGaussian(nn.Module):
+    """Continuous actions, float32 `[B, A]` in [−1, 1]: the tanh of a Gaussian whose mean and log-deviation are the
+    actor's outputs. V(s) is a sample of one action. It knows the environment's units of action."""
+
+    LOG_STD = (-5.0, 2.0)  # least and greatest
+
+    def __init__(self, obs_shape: tuple[int, ...], low: list[float], high: list[float], hidden_size: int = 256,
+                 obs_limit: float = 10.0):
+        super().__init__()
+        self.sizes = {"obs_shape": tuple(obs_shape), "low": list(low), "high": list(high), "hidden_size": hidden_size,
+                      "obs_limit": obs_limit}
+        self.register_buffer("center", (torch.tensor(high) + torch.tensor(low)) / 2)
+        self.register_buffer("scale", (torch.tensor(high) - torch.tensor(low)) / 2)
+        self.standardize = Standardize(obs_shape, obs_limit)
+        self.layers = mlp(int(np.prod(obs_shape)), hidden_size, 2 * len(low))
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gaussian(self.layers(self.standardize(obs)))
+
+    def sample_with_log(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """ã ~ π(·|s), reparameterised, and log π(ã|s) `[B]`."""
+        mean, log_std = self(obs)
+        before_tanh = mean + log_std.exp() * torch.randn_like(mean)
+        return torch.tanh(before_tanh), log_density(mean, log_std, before_tanh)
+
+    def sample(self, obs: torch.Tensor, temperature: float) -> torch.Tensor:
+        """a ~ π(·|s); the temperature is in the actor's loss."""
+        return self.sample_with_log(obs)[0]
+
+    def value(self, critic: QNetwork, obs: torch.Tensor, temperature: float) -> torch.Tensor:
+        """V(s) = Q(s,ã) − τ log π(ã|s) `[B]` with one fresh ã ~ π(·|s) (paper, §3); gradient to the critic alone."""
+        with torch.no_grad():
+            action, log_prob = self.sample_with_log(obs)
+        return critic(obs, action) - temperature * log_prob
+
+    def marginal(self, function: QNetwork, obs: torch.Tensor, temperature: float, samples: int = 64) -> torch.Tensor:
+        """E_{a ~ π(·|s)}[function(s, a)] `[B]`, the mean over samples."""
+        obs = obs.repeat_interleave(samples, 0)
+        return function(obs, self.sample(obs, temperature)).view(-1, samples).mean(1)
+
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        """The deterministic action, tanh of the mean, in the environment's units `[B, A]`."""
+        return self.to_env(torch.tanh(self(obs)[0]))
+
+    def uniform(self, n: int) -> torch.Tensor:
+        """Uniformly random actions `[n, A]`."""
+        return 2 * torch.rand(n, len(self.center), device=self.center.device) - 1
+
+    def to_env(self, action: torch.Tensor) -> torch.Tensor:
+        """[−1, 1] to the environment's units."""
+        return self.center + self.scale * action
+
+    def from_env(self, action: torch.Tensor) -> torch.Tensor:
+        """The environment's units to [−1, 1]."""
+        return ((action - self.center) / self.scale).clamp(-1, 1)
+
+
+class InverseDynamics(nn.Module):
+    """p(a|s,s'), which action led from s to s': a classifier, or a Gaussian of the action before its tanh."""
+
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, discrete: bool, hidden_size: int = 256):
+        super().__init__()
+        self.discrete = discrete
+        self.standardize, self.standardize_change = Standardize(obs_shape, 10.0), Standardize(obs_shape, 10.0)
+        outputs = num_actions if discrete else 2 * num_actions
+        self.layers = mlp(2 * int(np.prod(obs_shape)), hidden_size, outputs, layer_norm=True)
+
+    def forward(self, obs: torch.Tensor, next_obs: torch.Tensor) -> torch.Tensor:
+        """Logits `[B, A]`, or mean and log-deviation side by side `[B, 2A]`. What an action does shows in s' − s, which
+        is small beside s and has its own scale."""
+        return self.layers(torch.cat([self.standardize(obs), self.standardize_change(next_obs - obs)], 1))
+
+    def log_prob(self, obs: torch.Tensor, action: torch.Tensor, next_obs: torch.Tensor) -> torch.Tensor:
+        """log p(a|s,s') `[B]`. Actions at ±1, where the density is infinite, count as ±0.999."""
+        outputs = self(obs, next_obs)
+        if self.discrete:
+            return -F.cross_entropy(outputs, action, reduction="none")
+        return log_density(*gaussian(outputs), torch.atanh(action.clamp(-0.999, 0.999)))
+
+    def sample(self, obs: torch.Tensor, next_obs: torch.Tensor) -> torch.Tensor:
+        """a ~ p(a|s,s')."""
+        outputs = self(obs, next_obs)
+        if self.discrete:
+            return (outputs - torch.empty_like(outputs).exponential_().log()).argmax(1)
+        mean, log_std = gaussian(outputs)
+        return torch.tanh(mean + log_std.exp() * torch.randn_like(mean))
+
+
+def gaussian(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-deviation `[B, A]` of the action before its tanh, from a network's outputs `[B, 2A]`."""
+    mean, log_std = outputs.chunk(2, dim=1)
+    least, greatest = TanhGaussian.LOG_STD
+    return mean, least + (greatest - least) * (torch.tanh(log_std) + 1) / 2
+
+
+def log_density(mean: torch.Tensor, log_std: torch.Tensor, before_tanh: torch.Tensor) -> torch.Tensor:
+    """log π `[B]` of the actions tanh(before_tanh) in [−1, 1]: the Gaussian's less log |d tanh|, exact and stable."""
+    gaussian = -((before_tanh - mean) / log_std.exp()) ** 2 / 2 - log_std - np.log(2 * np.pi) / 2
+    log_slope = 2 * (np.log(2) - before_tanh - F.softplus(-2 * before_tanh))  # log(1 − tanh²)
+    return (gaussian - log_slope).sum(1)
+
+
+# --------------------------------------------------------------------------- Demonstrations and replay
+class States(NamedTuple):
+    """What is known of the expert: there is no field for its actions."""
+
+    obs: torch.Tensor  # [B, *obs_shape] float32
+    next_obs: torch.Tensor  # [B, *obs_shape] float32, at an episode's end the true last observation
+    terminated: torch.Tensor  # [B] float32, 1 where the episode ended by itself, not by a time limit
+
+
+class Batch(NamedTuple):
+    """Transitions; the environment's reward is not among them."""
+
+    obs: torch.Tensor  # [B, *obs_shape] float32
+    action: torch.Tensor  # [B] int64, or [B, A] float32 in [−1, 1]
+    next_obs: torch.Tensor  # [B, *obs_shape] float32, at an episode's end the true last observation
+    terminated: torch.Tensor  # [B] float32, 1 where the episode ended by itself, not by a time limit
+
+
+class Demonstrations(NamedTuple):
+    """The expert's transitions on the device, and what is reported of them."""
+
+    transitions: States
+    initial_obs: torch.Tensor  # [episodes, *obs_shape], each trajectory's first state, kept before subsampling
+    expert_return: float  # mean return of the trajectories used; NaN without rewards in the file
+
+
+UNREADABLE = (ValueError, OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def read_npz(path: str, names: list[str] | None = None) -> dict[str, np.ndarray]:
+    """The named arrays of an .npz file (None: its keys alone); nothing else is read and nothing is ever unpickled.
+
+    Raises:
+        BadInput: no such file, not an .npz, cut off, pickled or other strange content, or a name missing.
+    """
+    check(Path(path).is_file(), f"--demos {path}: no such file")
+    check(zipfile.is_zipfile(path), f"--demos {path}: not an .npz file, or one that is cut off")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if names is None:
+                return dict.fromkeys(file.files)
+            missing = [name for name in names if name not in file.files]
+            check(not missing, f"--demos {path}: keys {missing} are missing, it has {file.files}")
+            arrays = {name: file[name] for name in names}
+    except UNREADABLE as error:
+        raise BadInput(f"--demos {path}: cannot be read as plain arrays: {' '.join(str(error).split())}") from None
+    strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    check(not strange, f"--demos {path}: {strange} hold something else than an array")
+    return arrays
+
+
+def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
+    """A Minari dataset as the arrays of the .npz format, without its actions.
+
+    Raises:
+        BadInput: `minari` is not installed, or no such dataset.
+    """
+    try:
+        import minari
+    except ImportError:
+        raise BadInput(f"--demos {dataset_id}: a Minari dataset needs `pip install minari[hdf5,hf]`") from None
+    try:
+        dataset = minari.load_dataset(dataset_id, download=True)
+        episodes = list(tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc="reading", disable=None))
+    except Exception as error:  # minari raises many kinds: no such dataset, no network, a broken file
+        raise BadInput(f"--demos {dataset_id}: Minari cannot load it: {' '.join(str(error).split())}") from None
+    check(all(isinstance(e.observations, np.ndarray) for e in episodes),
+          f"--demos {dataset_id}: its observations are not plain arrays")
+    arrays = {name: np.concatenate([getattr(e, name) for e in episodes])
+              for name in ("observations", "terminations", "truncations", "rewards")}
+    env_spec = dataset.env_spec
+    return arrays | {"episode_lengths": np.array([len(e.terminations) for e in episodes]),
+                     "env_id": np.array(env_spec.id if env_spec else "unknown")}
+
+
+def demonstrations_path(args: Args) -> str:
+    """`--demos`, or the bundled file beside this script. Raises BadInput if there is neither."""
+    if args.demos is not None:
+        return args.demos
+    name = args.env_id.replace("/", "-")
+    if env_name(args.env_id) == "PointMaze":
+        name += "-left" * (args.barrier == "left") + "-random-start" * args.random_start
+    path = Path(__file__).resolve().parent / "demos" / f"{name}.npz"
+    check(path.is_file(), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
+          "observations, terminations, truncations, episode_lengths and env_id, or a Minari dataset id")
+    return str(path)
+
+
+def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str, np.ndarray]]:
+    """Where they came from, for messages, and the arrays of the first format whose first name is in the file, with
+    `rewards` if it is there beside observations. Raises BadInput (also for `dones` unexplained)."""
+    path = demonstrations_path(args)
+    where = f"--demos {path}"
+    print(f"loading demonstrations from {path}", flush=True)
+    if not path.endswith(".npz") and not Path(path).exists() and re.search(r"-v\d+$", path):
+        return where, read_minari(path)
+    keys = read_npz(path)
+    likely = max(formats, key=lambda names: len(keys.keys() & set(names)))
+    names = next((names for names in formats if names[0] in keys), likely)
+    names = names + [name for name in ("rewards",) if name in keys and "observations" in names]
+    ends = {"terminations", "truncations"}
+    if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):
+        return where, read_npz(path, names)
+    check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
+          "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
+    data = read_npz(path, [name for name in names if name not in ends] + ["dones"])
+    dones, ended = data["dones"], args.dones_are == "terminations"
+    no = np.zeros(dones.shape, bool)
+    return where, data | {"terminations": dones if ended else no, "truncations": no if ended else dones}
+
+
+def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args) -> None:
+    """Episode lengths, ends and environment as the format has them. Raises BadInput."""
+    lengths, ends = data["episode_lengths"], data["terminations"]
+    check(lengths.ndim == 1 and lengths.dtype.kind in "iu" and (lengths > 0).all(),
+          f"{where}: episode_lengths of {lengths.dtype} and shape {lengths.shape}, beginning {lengths.reshape(-1)[:5]}, "
+          "expected positive integers")
+    check(len(lengths) > 0, f"{where}: it holds no episodes")
+    check(ends.ndim > 0 and (lengths <= len(ends)).all(),
+          f"{where}: episode_lengths up to {lengths.max()}, and terminations of shape {ends.shape}")
+    lengths = data["episode_lengths"] = lengths.astype(np.int64)
+    for name in ("terminations", "truncations", "rewards"):
+        if name in data:
+            check(data[name].shape[:1] == (lengths.sum(),), f"{where}: {name} of shape {data[name].shape}, expected "
+                  f"{lengths.sum()}, the sum of episode_lengths")
+    for name in ("terminations", "truncations"):
+        if name in data:
+            check(data[name].ndim == 1 and data[name].dtype.kind in "biuf" and np.isin(data[name], (0, 1)).all(),
+                  f"{where}: {name} of {data[name].dtype} and shape {data[name].shape}, beginning "
+                  f"{data[name].reshape(-1)[:5]}, expected true or false")
+    if "rewards" in data:
+        check(data["rewards"].ndim == 1 and data["rewards"].dtype.kind in "biuf",
+              f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected numbers")
+    recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else "unknown"
+    check(env_name(recorded) in (env_name(args.env_id), "unknown"),
+          f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
+    if recorded != args.env_id:
+        print(f"warning: demonstrations of {recorded} are used for {args.env_id}", file=sys.stderr)
+    check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes")
+
+
+def choose_transitions(args: Args, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`--num-demos` episodes drawn by the seed, and every `--subsample-freq`-th transition of each, from a random
+    offset (a short episode keeps at least one).
+
+    Returns:
+        The episodes `[E]`, and for each transition `[N]` its episode's place among them and its time.
+    """
+    rng = np.random.default_rng(args.seed)
+    chosen = rng.permutation(len(lengths))[: args.num_demos or len(lengths)]
+    times = [np.arange(rng.integers(min(args.subsample_freq, length)), length, args.subsample_freq)
+             for length in lengths[chosen]]
+    return chosen, np.repeat(np.arange(len(chosen)), [len(t) for t in times]), np.concatenate(times)
+
+
+def load_demonstrations(args: Args, obs_shape: tuple[int, ...], device) -> Demonstrations:
+    """The drawn trajectories' transitions, checked and on the device. `actions` is not opened.
+
+    Raises:
+        BadInput: whatever is wrong with the file, in the fields that are read.
+    """
+    names = ["observations", "terminations", "truncations", "episode_lengths", "env_id"]
+    where, data = read_demonstrations(args, names)
+    check_demonstrations(where, data, args)
+    obs, lengths = data["observations"], data["episode_lengths"]
+    check(obs.dtype.kind == "f", f"{where}: observations are {obs.dtype}, expected float32")
+    check(obs.shape[1:] == tuple(obs_shape),
+          f"{where}: an observation has shape {obs.shape[1:]}, one of {args.env_id} has {tuple(obs_shape)}")
+    check(len(obs) == (lengths + 1).sum(), f"{where}: {len(obs)} observations, expected {(lengths + 1).sum()}, one "
+          "more than its length for each episode")
+    with np.errstate(over="ignore"):
+        obs = obs.astype(np.float32)
+    check(np.isfinite(obs).all(), f"{where}: observations hold NaN or infinite values")
+
+    chosen, place, t = choose_transitions(args, lengths)
+    first_step = (np.cumsum(lengths) - lengths)[chosen]
+    first_obs = first_step + chosen  # an episode has one observation more than steps
+    row, step = first_obs[place] + t, first_step[place] + t
+    returns = np.nan
+    if "rewards" in data:
+        returns = [data["rewards"][i : i + length].sum() for i, length in zip(first_step, lengths[chosen])]
+
+    def tensor(x, dtype=torch.float32):
+        return torch.as_tensor(x, dtype=dtype, device=device)
+
+    transitions = States(tensor(obs[row]), tensor(obs[row + 1]), tensor(data["terminations"][step].astype(np.float32)))
+    print(f"loaded {len(chosen)} of {len(lengths)} episodes, {len(t)} of their {lengths[chosen].sum()} transitions, "
+          f"expert return {np.mean(returns):.1f} ± {np.std(returns):.1f}, device {device}", flush=True)
+    return Demonstrations(transitions, tensor(obs[first_obs]), float(np.mean(returns)))
+
+
+def draw(demos: Demonstrations, n: int) -> States:
+    """`n` transitions drawn with replacement, on their device."""
+    terminated = demos.transitions.terminated
+    index = torch.randint(len(terminated), (n,), device=terminated.device)
+    return States(*(field[index] for field in demos.transitions))
+
+
+class Replay:
+    """Rows of tensors, preallocated on the device: the oldest are overwritten, none unwritten is drawn."""
+
+    def __init__(self, size: int, fields: list[tuple[tuple[int, ...], torch.dtype]], device):
+        self.storage = [torch.zeros(size, *shape, dtype=dtype, device=device) for shape, dtype in fields]
+        self.size, self.written, self.device = size, 0, device
+
+    def add(self, *rows: torch.Tensor) -> None:
+        """Write `[n]` rows, a tensor for each field."""
+        n = len(rows[0])
+        index = torch.arange(self.written, self.written + n, device=self.device) % self.size
+        for field, values in zip(self.storage, rows, strict=True):
+            field[index] = values
+        self.written += n
+
+    def sample(self, n: int) -> list[torch.Tensor]:
+        """`n` rows drawn with replacement from those written."""
+        index = torch.randint(min(self.written, self.size), (n,), device=self.device)
+        return [field[index] for field in self.storage]
+
+    def state_dict(self) -> dict:
+        return {"written": self.written, "storage": [field[: self.written].clone() for field in self.storage]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.written = state["written"]
+        for field, rows in zip(self.storage, state["storage"], strict=True):
+            field[: len(rows)] = rows
+
+
+# --------------------------------------------------------------------------------------- IQ objective
+def implied_reward(critic, policy, obs, action, next_obs, terminated, gamma: float, temperature: float):
+    """The reward that Q implies, r = Q(s,a) − γ(1−d)·V(s') (Eq. 11), `[B]`; actions in the environment's units. With
+    continuous actions V(s') is a sample of one action."""
+    q = critic(obs, policy.from_env(action))
+    return q - gamma * (1 - terminated) * policy.value(critic, next_obs, temperature)
+
+
+def state_reward(reward: QNetwork, policy, obs: torch.Tensor, temperature: float) -> torch.Tensor:
+    """A reward of the state alone, r(s) = E_{a ~ π(·|s)} E_{s' ~ P(·|s,a)}[Q(s,a) − γ(1−d)·V(s')] (§5.4), `[B]`.
+
+    The implied reward belongs to a transition (s, a, s'). Two expectations leave the state alone: over s', by the network
+    `reward`, the least-squares fit of r on (s, a), which is E[r|s,a] whichever policy played; and over a, by the policy.
+    So it needs neither an action, nor a next state, nor the environment.
+    """
+    with torch.no_grad():
+        return policy.marginal(reward, obs, temperature)
+
+
+def name_actions(missing_action: str, policy, idm, expert: States, played: Batch, temperature: float) -> torch.Tensor:
+    """An action for each expert row, without gradient: what stands for the a of E_expert[φ(Q(s,a) − γV(s'))].
+
+    idm: a ~ p(a|s,s'), which is Eq. 9 with estimated actions, right where (s, s') tells the action.
+    policy: a ~ π(·|s), §5.4 literally but for s', which is the expert's and does not follow a: biased until π matches.
+    replay: actions of the agent's own rows, drawn without regard to s. This is what the published code does; it is
+    here for comparison alone.
+    """
+    with torch.no_grad():
+        if missing_action == "idm":
+            return idm.sample(expert.obs, expert.next_obs)
+        if missing_action == "policy":
+            return policy.sample(expert.obs, temperature)
+        return played.action[torch.randint(len(played.action), expert.terminated.shape, device=expert.obs.device)]
+
+
+def iq_loss(critic, target, policy, batch: Batch, n_expert: int, initial_obs: torch.Tensor, args: Args):
+    """The critic's IQ-Learn loss, to be minimised: −E_expert[φ(r)] + value term + E[r²]/(4α), Eq. 9 to 11 and §5.1 to 5.4.
+
+    Args:
+        batch: `[B]` rows, the first `n_expert` of them the expert's with the actions of `name_actions`, the others the
+            policy's.
+        initial_obs: `[M, *obs_shape]` states where episodes start, for `--value-loss v0`.
+
+    Returns:
+        The loss and its terms, scalar tensors.
+    """
+    obs, action, next_obs, terminated = batch
+    γ, τ, α = args.gamma, args.temperature, args.chi2_alpha
+    assert obs.shape == next_obs.shape and len(action) == len(obs) and terminated.shape == (len(obs),)
+    if target is None:  # V(s') carries gradient, as the paper has it without a target network
+        next_V = policy.value(critic, next_obs, τ)
+    else:
+        with torch.no_grad():
+            next_V = policy.value(target, next_obs, τ)
+            if args.bound_targets:  # DEVIATION: |r| is at most 4α where χ² acts on both halves, so |V| at most this
+                next_V = next_V.clamp(-4 * α / (1 - γ), 4 * α / (1 - γ))
+    next_V = (1 - terminated) * next_V
+    V = policy.value(critic, obs, τ)
+    # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to Eq. 9 where dynamics are random.
+    r = critic(obs, action) - γ * next_V
+
+    terms = {"expert_term": -r[:n_expert].mean()}  # χ²: φ(r) = r − r²/(4α), its second part is the last term
+    if args.value_loss == "value":  # telescoped over the mixture of both occupancies, §5.1
+        terms["value_term"] = (V - γ * next_V).mean()
+    elif args.value_loss == "value_expert":  # telescoped over the expert's occupancy
+        terms["value_term"] = (V - γ * next_V)[:n_expert].mean()
+    elif args.value_loss == "v0":  # not telescoped: (1 − γ)·E_ρ0[V(s0)]
+        terms["value_term"] = (1 - γ) * policy.value(critic, initial_obs, τ).mean()
+    else:  # v0_expert
+        terms["value_term"] = (1 - γ) * V[:n_expert].mean()
+    rows = r[:n_expert] if args.chi2_rows == "expert" else r
+    terms["chi2_term"] = (rows**2).mean() / (4 * α)
+    loss = sum(terms.values())
+    means = {"value": V.mean(), "reward_expert": r[:n_expert].mean(), "reward_policy": r[n_expert:].mean()}
+    return loss, {"loss": loss, **terms, **means}
+
+
+def actor_loss(critic, policy: TanhGaussian, obs: torch.Tensor, temperature: float):
+    """E[τ log π(ã|s) − Q(s,ã)], to be minimised over expert and policy states (§4.4 and Algorithm 1 print the opposite
+    sign: there it is to be maximised), and its terms."""
+    action, log_prob = policy.sample_with_log(obs)
+    loss = (temperature * log_prob - critic(obs, action)).mean()
+    return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
+
+
+def idm_loss(idm: InverseDynamics, played: Batch):
+    """−E_policy[log p(a|s,s')] on the agent's own rows, and the log-likelihood."""
+    log_prob = idm.log_prob(played.obs, played.action, played.next_obs).mean()
+    return -log_prob, {"idm_log_likelihood": log_prob}
+
+
+# ------------------------------------------------------------------------------------------- Evaluate
+def evaluate(actor, args: Args, device, stop: "StopSignal | None" = None, frames: list | None = None):
+    """Returns of `--eval-episodes` whole episodes of the deterministic policy, on environments of its own.
+
+    One episode from each of as many environments, so that none is dropped for its length; `actor` None plays
+    uniformly random actions. RGB frames of the first episode are appended to `frames`.
+
+    Returns:
+        float64 `[episodes]` in the environment's own reward, or None when a signal stopped it.
+    """
+    n = args.eval_episodes
+    envs = make_envs(args, n, "rgb_array" if frames is not None else None)
+    seed = 100_000 + 1_000 * args.seed if actor is not None else 0  # far from the training environments' seeds
+    obs, _ = envs.reset(seed=seed)
+    envs.action_space.seed(seed)
+    returns, running = np.zeros(n), np.ones(n, bool)
+    while running.any() and not (stop and stop.signum):
+        if frames is not None and running[0]:
+            frames.append(envs.envs[0].render())
+        if actor is None:
+            action = envs.action_space.sample()
+        else:
+            with torch.no_grad():
+                action = actor.act(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        returns += np.where(running, reward, 0)
+        running &= ~(terminated | truncated)
+    envs.close()
+    return None if running.any() else returns
+
+
+def random_return(args: Args) -> float:
+    """Mean return of random actions: from the table, else 20 episodes played now."""
+    name = env_name(args.env_id)
+    if name in RANDOM_RETURN:
+        return RANDOM_RETURN[name]
+    return float(evaluate(None, replace(args, eval_episodes=20), "cpu").mean())
+
+
+def write_video(frames: list, fps: int, path: Path) -> None:
+    """Write RGB frames `[H, W, 3]` uint8 as an mp4 file."""
+    from moviepy import ImageSequenceClip
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ImageSequenceClip(list(frames), fps=fps).write_videofile(str(path), logger=None)
+
+
+def final_line(returns, expert: float, random: float, steps: int, updates: int, seconds: float, run_dir) -> str:
+    """The last line on stdout; `normalized` is 0 for a random policy and 1 for the demonstrations' mean return."""
+    mean, std, n = (returns.mean(), returns.std(), len(returns)) if returns is not None else (np.nan, np.nan, 0)
+    normalized = (mean - random) / (expert - random) if expert != random else np.nan
+    return (f"final eval_return={mean:.4f} std={std:.4f} episodes={n} expert={expert:.4f} random={random:.4f} "
+            f"normalized={normalized:.4f} steps={steps} updates={updates} seconds={seconds:.1f} run_dir={run_dir}")
+
+
+class Model(NamedTuple):
+    """What a model.pt holds, ready to act and to give rewards."""
+
+    policy: Softmax | TanhGaussian
+    critic: QNetwork
+    reward: QNetwork  # for `state_reward`
+    saved: dict  # γ, temperature, environment, ...
+
+
+def load_model(path: str, device="cpu") -> Model:
+    """The networks of a model.pt.
+
+    Raises:
+        BadInput: no such file, or not a model of this script.
+    """
+    check(Path(path).is_file(), f"{path}: no such file")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py, which plays it")
+        critic, reward = (QNetwork(**saved["critic_sizes"]).to(device) for _ in range(2))
+        critic.load_state_dict(saved["critic"])
+        reward.load_state_dict(saved["reward"])
+        policy = TanhGaussian(**saved["actor_sizes"]).to(device) if saved["actor_sizes"] else Softmax(deepcopy(critic))
+        policy.load_state_dict(saved["policy"])
+    except (*UNREADABLE, LookupError, TypeError, pickle.UnpicklingError) as error:
+        raise BadInput(f"{path}: not a model of {SCRIPT}.py ({type(error).__name__})") from None
+    return Model(policy, critic, reward, saved)
+
+
+# ---------------------------------------------------------------------------------------------- Train
+class StopSignal:
+    """Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two updates; a second one
+    acts at once."""
+
+    def __enter__(self):
+        self.signum = 0
+        self.previous = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
+
+    def receive(self, signum, _frame):
+        self.signum = signum
+        self.__exit__()
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    """torch.save that leaves the old file or the new one, whenever the process is killed."""
+    torch.save(content, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+class Metrics:
+    """metrics.csv, rewritten whole at each row, and Weights & Biases with `--track`."""
+
+    def __init__(self, run_dir: Path, args: Args, step: int, updates: int, seconds: float):
+        self.path, self.rows, self.wandb = run_dir / "metrics.csv", [], None
+        self.first_step, self.first_updates, self.first_time = step, updates, time.time()
+        self.start = self.first_time - seconds
+        if args.resume and self.path.exists():  # rows after the checkpoint are dropped, to be written anew
+            with open(self.path) as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["updates"]) <= updates]
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
+                                    name=run_dir.name, dir=run_dir)
+
+    def log(self, step: int, updates: int, returns: np.ndarray | None, terms: dict[str, torch.Tensor]) -> None:
+        mean, std = (returns.mean(), returns.std()) if returns is not None else (np.nan, np.nan)
+        now = time.time()
+        count, first = (step, self.first_step) if step else (updates, self.first_updates)  # before play: updates
+        row = {"step": step, "updates": updates, "eval_return_mean": round(float(mean), 4),
+               "eval_return_std": round(float(std), 4),
+               "steps_per_second": round((count - first) / (now - self.first_time), 1),
+               "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in terms.items()}
+        self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
+        names = dict.fromkeys(name for r in self.rows for name in r)
+        with open(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, names, restval="nan")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if self.wandb:
+            self.wandb.log(row, step=updates)
+
+    def close(self, video: Path | None) -> None:
+        if self.wandb:
+            if video:  # gymnasium no longer uploads videos by itself
+                import wandb
+
+                self.wandb.log({"video": wandb.Video(str(video))})
+            self.wandb.finish()
+
+
+def blurred(batch: Batch, noise: float) -> Batch:
+    """With Gaussian noise on its observations, so that the implied reward varies slowly with the state."""
+    if not noise:
+        return batch
+    return batch._replace(obs=batch.obs + noise * torch.randn_like(batch.obs),
+                          next_obs=batch.next_obs + noise * torch.randn_like(batch.obs))
+
+
+def make_update(critic, target, policy, average, average_critic, idm, optimizers, n_expert: int, args: Args):
+    """One gradient step of each network as a function of tensors alone: the compile boundary."""
+    critic_optimizer, actor_optimizer, idm_optimizer = optimizers
+    own = list(policy.parameters()) if actor_optimizer else []
+    averaged = ((target, critic, args.target_rate), (average, policy, args.average_rate),
+                (average_critic, critic, args.average_rate))
+    pairs = [(rate, list(of.parameters()), list(network.parameters())) for of, network, rate in averaged if of is not None]
+
+    def descend(optimizer, loss, inputs=None):
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward(inputs=inputs)
+        optimizer.step()
+
+    def update(expert: States, played: Batch, initial_obs: torch.Tensor) -> dict[str, torch.Tensor]:
+        terms = {}
+        if idm is not None:
+            loss, terms = idm_loss(idm, played)
+            descend(idm_optimizer, loss)
+        named = Batch(expert.obs, name_actions(args.missing_action, policy, idm, expert, played, args.temperature),
+                      expert.next_obs, expert.terminated)
+        batch = blurred(Batch(*(torch.cat(rows) for rows in zip(named, played))), args.obs_noise)  # expert rows first
+        loss, iq_terms = iq_loss(critic, target, policy, batch, n_expert, initial_obs, args)
+        descend(critic_optimizer, loss)
+        terms = iq_terms | terms
+        if actor_optimizer:
+            loss, actor_terms = actor_loss(critic, policy, batch.obs, args.temperature)
+            descend(actor_optimizer, loss, own)  # through the critic, not into it
+            terms |= actor_terms
+        with torch.no_grad():
+            for rate, of, parameters in pairs:
+                torch._foreach_lerp_(of, parameters, rate)
+        return {name: term.detach() for name, term in terms.items()}
+
+    return torch.compile(update) if args.compile else update
+
+
+def fit_reward(critic, policy, idm, demos: Demonstrations, replay: Replay, args: Args) -> QNetwork:
+    """The network behind `state_reward`: the least-squares fit of the implied reward on (s, a), over the agent's own
+    transitions and the expert's."""
+    reward = deepcopy(critic)
+    optimizer = torch.optim.Adam(reward.parameters(), lr=1e-3, fused=True)
+    for update in range(args.reward_updates):
+        for group in optimizer.param_groups:  # to zero, so that the last rows do not count for more
+            group["lr"] = 1e-3 * (1 - update / args.reward_updates)
+        expert, played = draw(demos, args.batch_size), Batch(*replay.sample(args.batch_size))
+        action = name_actions(args.missing_action, policy, idm, expert, played, args.temperature)
+        rows = zip(Batch(expert.obs, action, expert.next_obs, expert.terminated), played)
+        obs, action, next_obs, terminated = blurred(Batch(*map(torch.cat, rows)), args.obs_noise)
+        with torch.no_grad():
+            r = critic(obs, action) - args.gamma * (1 - terminated) * policy.value(critic, next_obs, args.temperature)
+        optimizer.zero_grad(set_to_none=True)
+        F.mse_loss(reward(obs, action), r).backward()
+        optimizer.step()
+    return reward
+
+
+def train(args: Args) -> Path:
+    """Train from observations and the agent's own play; returns the run directory.
+
+    Raises:
+        BadInput: before anything is written.
+        SystemExit: 1 when training became non-finite, 130 or 143 when a signal stopped it.
+    """
+    validate(args)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    envs = make_envs(args, args.num_envs)
+    if args.capture_video:
+        make_envs(args, 1, "rgb_array").close()
+    obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
+    discrete = isinstance(action_space, gym.spaces.Discrete)
+    num_actions = int(action_space.n) if discrete else len(action_space.low)
+    demos = load_demonstrations(args, obs_shape, device)
+    limit = 10.0 if args.standardize_obs else np.inf  # deviations; raw observations are the network's as they are
+    critic = QNetwork(obs_shape, num_actions, discrete, args.hidden_size, args.layer_norm, limit).to(device)
+    policy = Softmax(critic)
+    if not discrete:
+        bounds = action_space.low.tolist(), action_space.high.tolist()
+        policy = TanhGaussian(obs_shape, *bounds, args.hidden_size, limit).to(device)
+    idm = None
+    if args.missing_action == "idm":
+        idm = InverseDynamics(obs_shape, num_actions, discrete, args.hidden_size).to(device)
+    obs, next_obs, _ = demos.transitions
+    statistics = [(idm.standardize_change, next_obs - obs), (idm.standardize, obs)] if idm else []
+    if args.standardize_obs:  # DEVIATION: the paper has raw observations
+        statistics += [(network.standardize, obs) for network in ((critic,) if discrete else (critic, policy))]
+    for standardize, x in statistics:
+        standardize.mean.copy_(x.mean(0))
+        standardize.std.copy_(x.std(0, correction=0).clamp(min=0.01 if x is obs else 1e-4))  # near-constant ones
+    target = deepcopy(critic) if args.target_rate else None
+    average = deepcopy(policy) if args.average_rate else None  # DEVIATION: the paper has the last iterate
+    average_critic = deepcopy(critic) if args.average_rate else None
+    acting, judging = average or policy, average_critic or critic  # what is evaluated and saved
+    parts = {"critic": (critic, args.critic_lr), "actor": (None if discrete else policy, args.actor_lr),
+             "idm": (idm, args.idm_lr)}
+    optimizers = {name: torch.optim.Adam(network.parameters(), lr=lr, fused=True) if network is not None else None
+                  for name, (network, lr) in parts.items()}
+    total, n = args.total_timesteps, args.batch_size
+    starts = min(args.learning_starts, total // 2)  # so that a short run trains too
+    kind = ((), torch.int64) if discrete else (action_space.shape, torch.float32)
+    replay = Replay(args.buffer_size if total else 1, [(obs_shape, torch.float32), kind, (obs_shape, torch.float32),
+                                                       ((), torch.float32)], device)
+    initial = Replay(10_000, [(obs_shape, torch.float32)], device)  # states that episodes start from
+    initial.add(demos.initial_obs)
+    update = make_update(critic, target, policy, average, average_critic, idm, optimizers.values(), n, args)
+
+    state = {"critic": critic, "target": target, "policy": policy, "average": average, "average_critic": average_critic,
+             "idm": idm, "replay": replay, "initial": initial}
+    state |= {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
+    state = {name: part for name, part in state.items() if part is not None}
+    name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.out_dir) / name
+    step, updates, seconds = 0, 0, 0.0
+    if args.resume:
+        try:
+            stored = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
+            for name, part in state.items():
+                part.load_state_dict(stored[name])
+            torch.set_rng_state(stored["rng"].cpu())
+            step, updates, seconds = stored["step"], stored["updates"], stored["seconds"]
+        except (*UNREADABLE, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+            raise BadInput(f"--resume {run_dir}: its checkpoint.pt is not one of this run "
+                           f"({type(error).__name__})") from None
+    else:
+        check(not run_dir.exists(), f"--run-name: {run_dir} exists already; take another name, or --resume {run_dir}")
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as error:
+            raise BadInput(f"--out-dir {args.out_dir}: {error}") from None
+        shutil.copy(__file__, run_dir)
+    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+    metrics = Metrics(run_dir, args, step, updates, seconds)
+    random = random_return(args) if args.eval_every else np.nan
+    every = args.eval_every or max(1, total // 20)  # steps between rows of metrics.csv
+    terms, returns, frames = {}, None, [] if args.capture_video else None
+
+    def report(frames=None):
+        """Evaluate and write a row; nothing when a signal comes meanwhile."""
+        nonlocal returns
+        check_finite()
+        returns = evaluate(acting, args, device, stop, frames) if args.eval_every else None
+        if stop.signum:
+            return
+        metrics.log(step, updates, returns, terms)
+        if returns is not None:
+            bar.set_postfix(eval_return=f"{returns.mean():.1f}")
+            bar.write(f"step {step}, update {updates}: eval_return {returns.mean():.1f} ± {returns.std():.1f}")
+
+    def check_finite():
+        if not all(bool(torch.isfinite(x).all()) for x in (*terms.values(), *policy.parameters(), *critic.parameters())):
+            print(f"{SCRIPT}.py: training is not finite after {updates} updates; a smaller --critic-lr or --actor-lr "
+                  f"helps; the last checkpoint in {run_dir}, if any, is kept", file=sys.stderr)
+            raise SystemExit(1)
+
+    def save():
+        check_finite()
+        save_atomically({name: part.state_dict() for name, part in state.items()} |
+                        {"rng": torch.get_rng_state(), "step": step, "updates": updates,
+                         "seconds": time.time() - metrics.start}, run_dir / "checkpoint.pt")
+
+    obs = torch.as_tensor(envs.reset(seed=args.seed + step)[0], dtype=torch.float32, device=device)
+    initial.add(obs)
+    bar = tqdm(total=total, initial=step, unit="step", disable=None, desc=f"{args.missing_action} {args.env_id}")
+    with StopSignal() as stop, bar:
+        while not stop.signum and step < total:
+            with torch.no_grad():  # one step in each environment
+                exploring = step < starts
+                action = policy.uniform(args.num_envs) if exploring else policy.sample(obs, args.temperature)
+                env_action = policy.to_env(action).cpu().numpy()
+            if not np.isfinite(env_action).all():  # which some environments fail on
+                check_finite()
+            next_obs, _, terminated, truncated, info = envs.step(env_action)
+            true_next, done = next_obs, terminated | truncated
+            if done.any():  # next_obs is the next episode's first observation there
+                true_next = next_obs.copy()
+                true_next[done] = np.stack(info["final_obs"][done])
+                initial.add(torch.as_tensor(next_obs[done], dtype=torch.float32, device=device))
+            replay.add(obs, action, torch.as_tensor(true_next, dtype=torch.float32, device=device),
+                       torch.as_tensor(terminated, dtype=torch.float32, device=device))
+            obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
+            step += args.num_envs
+
+            due = max(0, step - starts) * args.updates_per_step
+            while updates < int(due):
+                terms = update(draw(demos, n), Batch(*replay.sample(n)), initial.sample(n)[0])
+                updates += 1
+
+            bar.update(args.num_envs)
+            if step % every < args.num_envs and step < total:
+                report()
+            if args.checkpoint_every and step % args.checkpoint_every < args.num_envs:
+                save()
+        if not stop.signum:
+            report(frames)
+        save()
+    if args.save_model:
+        reward = judging
+        if updates and not stop.signum and args.reward_updates:
+            reward = fit_reward(judging, acting, idm, demos, replay, args)
+        save_atomically({"script": SCRIPT, "env_id": args.env_id, "policy": acting.state_dict(),
+                         "actor_sizes": None if discrete else acting.sizes, "critic": judging.state_dict(),
+                         "critic_sizes": judging.sizes, "reward": reward.state_dict(),
+                         "temperature": args.temperature, "gamma": args.gamma, "args": asdict(args),
+                         "expert_return": demos.expert_return, "random_return": random}, run_dir / "model.pt")
+    if frames:
+        write_video(frames, envs.metadata.get("render_fps", 30), run_dir / "videos" / f"step_{step}.mp4")
+    metrics.close(run_dir / "videos" / f"step_{step}.mp4" if frames else None)
+    envs.close()
+    if stop.signum:
+        print(f"stopped at step {step}; to continue: python {SCRIPT}.py --resume {run_dir}", flush=True)
+        raise SystemExit(128 + stop.signum)
+    seconds = time.time() - metrics.start
+    print(final_line(returns, demos.expert_return, random, step, updates, seconds, run_dir), flush=True)
+    return run_dir
+
+
+def play(args: Args) -> None:
+    """Evaluate a saved model in the environment that it was trained in, and print the final line."""
+    saved = load_model(args.evaluate).saved
+    check(args.env_id in (Args().env_id, saved["env_id"]),
+          f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
+    args = replace(args, **{name: saved["args"][name] for name in ("env_id", *MAZE_SWITCHES)})
+    validate(args)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    policy = load_model(args.evaluate, device).policy
+    start, frames, run_dir = time.time(), [] if args.capture_video else None, Path(args.evaluate).resolve().parent
+    returns = evaluate(policy, args, device, None, frames)
+    if frames:
+        write_video(frames, 30, run_dir / "videos" / "evaluate.mp4")
+    print(final_line(returns, saved["expert_return"], saved["random_return"], 0, 0, time.time() - start, run_dir))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        args = parse_args(argv)
+        play(args) if args.evaluate else train(args)
+    except BadInput as error:
+        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

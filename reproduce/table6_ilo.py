@@ -1,0 +1,108 @@
+"""Table 6 of the paper: imitation from observations only, `iq_ilo.py` beside the same with actions; last score.
+
+    python reproduce/table6_ilo.py
+
+Writes table6_ilo.csv, a row for each run, table6_ilo_curves.csv, table6_ilo.md and table6_ilo.png. Seeds from 101 were not
+tuned on; a second call goes on where the csv stops. With actions: `iq_discrete.py` and `iq_continuous.py`, same files.
+"""
+from pathlib import Path
+
+import numpy as np
+import tyro
+from common import keep_curve, mean_sd, read_rows, run_all
+
+FOLDER = Path(__file__).resolve().parent
+CURVES = FOLDER / "table6_ilo_curves.csv"
+TASKS = {  # task: script with actions, seeds, published mean ± sd with 1 and with 10 demonstrations
+    "CartPole-v1": ("iq_discrete.py", 5, {1: "452 ± 50", 10: "485 ± 25"}),
+    "LunarLander-v3": ("iq_discrete.py", 5, {1: "20 ± 102", 10: "220 ± 69"}),
+    "Hopper-v5": ("iq_continuous.py", 3, {1: "2507 ± 345", 10: "3465 ± 51"}),
+    "HalfCheetah-v5": ("iq_continuous.py", 1, {1: ""}),
+    "Walker2d-v5": ("iq_continuous.py", 1, {1: ""}),
+    "Ant-v5": ("iq_continuous.py", 1, {1: ""}),
+}
+METHODS = {  # the flags after the script; None: the task's script with actions
+    "idm": "iq_ilo.py",
+    "with actions": None,
+    "policy": "iq_ilo.py --missing-action policy",
+    "replay": "iq_ilo.py --missing-action replay",
+}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: one line for each task, number of demonstrations and method."""
+    lines = ["| task | demonstrations | missing action | return, mean ± sd over seeds | expert | random | normalized | "
+             "published | seeds | steps | minutes, one core |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for task, (_, _, published) in TASKS.items():
+        for n in published:
+            for method in METHODS:
+                own = [r for r in rows if (r["task"], r["demos"], r["method"]) == (task, str(n), method)]
+                if own:
+                    digits = 1 if float(own[0]["expert"]) < 1000 else 0
+                    paper = published[n] if method == "idm" else ""
+                    minutes = mean_sd([{"minutes": float(r["seconds"]) / 60} for r in own], "minutes")
+                    lines.append(f"| {task} | {n} | {method} | {mean_sd(own, 'eval_return', digits)} | "
+                                 f"{mean_sd(own, 'expert', digits)} | {float(own[0]['random']):.1f} | "
+                                 f"{mean_sd(own, 'normalized', 3)} | {paper} | {len(own)} | {own[0]['steps']} | "
+                                 f"{minutes} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Learning curves of each task and number of demonstrations: mean over seeds, deviation shaded, expert dashed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [(task, str(n)) for task, (_, _, published) in TASKS.items() for n in published
+              if any((r["task"], r["demos"]) == (task, str(n)) for r in rows)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2), squeeze=False)
+    curves = read_rows(CURVES)
+    for (task, n), axis in zip(panels, axes[0]):
+        for method in METHODS:
+            own = [r for r in curves if (r["task"], r["demos"], r["method"]) == (task, n, method)]
+            steps = sorted({int(r["step"]) for r in own})
+            if steps:
+                values = [[float(r["eval_return_mean"]) for r in own if int(r["step"]) == step] for step in steps]
+                mean, sd = (np.array([f(v) for v in values]) for f in (np.mean, np.std))
+                axis.plot(steps, mean, label=method)
+                axis.fill_between(steps, mean - sd, mean + sd, alpha=0.25)
+        own = [r for r in rows if (r["task"], r["demos"]) == (task, n)]
+        axis.axhline(np.mean([float(r["expert"]) for r in own]), linestyle="--", color="black", label="expert")
+        axis.axhline(float(own[0]["random"]), linestyle=":", color="black", label="random")
+        axis.set(title=f"{task}, {n} demonstration{'s' * (n != '1')}", xlabel="environment steps", ylabel="return")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(cores: tuple[int, ...] = (0, 1), tasks: tuple[str, ...] = tuple(TASKS), methods: tuple[str, ...] = tuple(METHODS),
+         demos: tuple[int, ...] = (1, 10), seeds: int | None = None):
+    """Run what is missing; `seeds` limits their number."""
+    jobs = []
+    for i in range(max(most for _, most, _ in TASKS.values())):
+        for task in tasks:
+            with_actions, most, published = TASKS[task]
+            for n in sorted(set(published) & set(demos)):
+                for method in methods:
+                    if i < min(seeds or most, most):
+                        name = f"table6_{task}_{n}_{method.replace(' ', '-')}_{101 + i}"
+                        jobs.append(({"task": task, "demos": n, "method": method, "seed": 101 + i},
+                                     f"{METHODS[method] or with_actions} --env-id {task} --num-demos {n} --seed {101 + i} "
+                                     f"--eval-episodes 20 --run-name {name}"))
+
+    def after(run_dir: Path) -> dict:
+        _, task, n, method, seed = run_dir.name.split("_")
+        labels = {"task": task, "demos": n, "method": method.replace("-", " "), "seed": seed}
+        keep_curve(CURVES, labels, run_dir)
+        return {}
+
+    rows = run_all(jobs, FOLDER / "table6_ilo.csv", after, cores)
+    (FOLDER / "table6_ilo.md").write_text(table(rows))
+    draw(rows, FOLDER / "table6_ilo.png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
