@@ -1033,8 +1033,8 @@ def play(args: Args) -> None:
           f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     network, actor, _ = load_model(args.evaluate, device)
-    spaces, own = env_spaces(args), (tuple(network.sizes["obs_shape"]), network.sizes["num_actions"],
-                                     network.sizes["action_dim"])
+    spaces = env_spaces(replace(args, eval_every=1))  # here it must be installed
+    own = (tuple(network.sizes["obs_shape"]), network.sizes["num_actions"], network.sizes["action_dim"])
     check((spaces.obs_shape, spaces.num_actions, len(spaces.action_low)) == own,
           f"--evaluate {args.evaluate}: observations, actions and action dimensions {own}, {args.env_id} has "
           f"{(spaces.obs_shape, spaces.num_actions, len(spaces.action_low))}")
