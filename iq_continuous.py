@@ -50,6 +50,7 @@ RANDOM_RETURN = {"Hopper": 15.4, "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": 
                  "Pendulum": -1199.9, "InvertedPendulum": 4.4}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
+    "Hopper": {"gamma": 0.97, "temperature": 0.1, "total_timesteps": 40_000},
     "Pendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
     "InvertedPendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
 }
@@ -71,7 +72,7 @@ class Args:
     seed: int = 1  # of everything: demonstrations drawn, networks, environments
     preset: Literal["ours", "paper"] = "ours"  # the settings that flags start from; the published ones for comparison
     pretrain_updates: int = 0  # updates that clone the actor, before any play
-    total_timesteps: int = 50_000  # environment steps, summed over the environments
+    total_timesteps: int = 30_000  # environment steps, summed over the environments
     learning_starts: int = 1_280  # steps of the first policy before the first update; at most a tenth of the run's
     num_envs: int = 1  # environments stepped side by side
     # Demonstrations
@@ -869,8 +870,9 @@ def train(args: Args) -> Path:
             bar.set_postfix(eval_return=f"{returns.mean():.1f}")
             bar.write(f"step {step}, update {updates}: eval_return {returns.mean():.1f} ± {returns.std():.1f}")
 
-    def check_finite():
-        if not all(bool(torch.isfinite(x).all()) for x in (*terms.values(), *actor.parameters(), *critic.parameters())):
+    def check_finite(*more):
+        tensors = (*terms.values(), *actor.parameters(), *critic.parameters(), *more)
+        if not all(bool(torch.isfinite(x).all()) for x in tensors):
             print(f"{SCRIPT}.py: training is not finite after {updates} updates; a smaller --critic-lr or --actor-lr "
                   f"helps; the last checkpoint in {run_dir}, if any, is kept", file=sys.stderr)
             raise SystemExit(1)
@@ -893,7 +895,7 @@ def train(args: Args) -> Path:
                     action = sample_action(actor, obs)[0]
                     env_action = actor.to_env(action).cpu().numpy()
                 if not np.isfinite(env_action).all():  # which some environments fail on
-                    check_finite()
+                    check_finite(action)
                 next_obs, _, terminated, truncated, info = envs.step(env_action)
                 true_next, done = next_obs, terminated | truncated
                 if done.any():  # next_obs is the next episode's first observation there

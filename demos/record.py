@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import gymnasium as gym
@@ -85,11 +86,28 @@ def trained_expert(env_id: str, cache: Path):
     return crossq.expert(env_id, cache)
 
 
+@cache
+def pendulum_policy():
+    """SAC of sbx-rl after 15,000 steps, some minutes; its action is a function of the observation."""
+    from sbx import SAC
+
+    model = SAC("MlpPolicy", "Pendulum-v1", gamma=0.98, seed=0)
+    for _ in range(3):  # as the bundled file's expert was trained: an episode begins anew with each call
+        model.learn(5_000, reset_num_timesteps=False)
+    return model
+
+
+def pendulum_expert(env, obs):
+    """A trained policy, without its noise."""
+    return pendulum_policy().predict(obs, deterministic=True)[0]
+
+
 # environment: expert, episodes in the bundled file, least mean return, updates of the clone, its least normalized return
 TABLE = {
     "CartPole-v1": (cartpole_expert, 30, 500.0, 5_000, 0.9),
     "Acrobot-v1": (acrobot_expert, 30, -85.0, 5_000, 0.9),
     "LunarLander-v3": (lunar_lander_expert, 30, 250.0, 20_000, 0.8),
+    "Pendulum-v1": (pendulum_expert, 30, -160.0, 6_000, 0.9),
     "GridWorld-v0": (grid_expert, 30, 1.0, 5_000, 0.9),
     "PointMaze-v0": (maze_expert, 30, -25.0, 5_000, 0.9),
     "PongNoFrameskip-v4": (None, 36, 19.0, 30_000, 0.5),
@@ -152,7 +170,7 @@ def clone_normalized(args: Args, path: Path, folder: str, updates: int) -> float
                   eval_every=updates, out_dir=folder, run_name="clone")
     if args.env_id.startswith("PointMaze"):  # iq_continuous.py has no flag for it
         gym.spec(args.env_id).kwargs["random_start"] = args.random_start
-    if TABLE[args.env_id][0] in (trained_expert, maze_expert):
+    if TABLE[args.env_id][0] in (trained_expert, pendulum_expert, maze_expert):
         module, settings = iq_continuous, iq_continuous.Args(**common, batch_size=256, actor_lr=3e-4)
     elif args.env_id.startswith("Pong"):
         module, settings = iq_atari, iq_atari.Args(**common, objective="bc")

@@ -18,6 +18,7 @@ from gymnasium.spaces import Box, Discrete
 
 sys.path.insert(0, str(ROOT))
 import iq_atari
+import iq_continuous
 import iq_discrete
 
 FOLDER = Path(__file__).resolve().parent
@@ -27,8 +28,8 @@ ROUNDS = 5
 class StubEnvs:
     """A vector environment that costs nothing: the same observation, episodes that never end."""
 
-    def __init__(self, num_envs: int, obs_shape: tuple[int, ...], dtype, num_actions: int):
-        self.single_observation_space, self.single_action_space = Box(0, 255, obs_shape, dtype), Discrete(num_actions)
+    def __init__(self, num_envs: int, obs_shape: tuple[int, ...], dtype, action_space):
+        self.single_observation_space, self.single_action_space = Box(0, 255, obs_shape, dtype), action_space
         self.obs = np.ones((num_envs, *obs_shape), dtype)
         self.never, self.reward, self.metadata = np.zeros(num_envs, bool), np.zeros(num_envs), {}
 
@@ -42,6 +43,17 @@ class StubEnvs:
         pass
 
 
+class FullReplay(iq_continuous.Replay):
+    """One that begins full."""
+
+    def __init__(self, size, fields, device):
+        super().__init__(size, fields, device)
+        if size >= 100_000:  # not the few initial states
+            self.written = size
+            for field in self.storage:
+                field.uniform_(-1, 1)  # touch the memory
+
+
 def loop_seconds(module, args, envs) -> float:
     """Seconds for one update of `train(args)` with stubbed environments."""
     module.make_envs = lambda *_: envs
@@ -49,16 +61,17 @@ def loop_seconds(module, args, envs) -> float:
     make_update, count = module.make_update, [0]
 
     def counted(*parts):
-        update = make_update(*parts)
+        made = make_update(*parts)
+        update = made[-1] if isinstance(made, tuple) else made
 
         def one(*batch):
             nonlocal start, first
             count[0] += 1
-            if count[0] == 1 + args.pretrain_updates // 10:  # the first ones allocate
+            if count[0] == 1 + (args.pretrain_updates or 200) // 10:  # the first ones allocate
                 start, first = time.perf_counter(), count[0]
             return update(*batch)
 
-        return one
+        return (*made[:-1], one) if isinstance(made, tuple) else one
 
     module.make_update = counted
     try:
@@ -83,10 +96,39 @@ def bare_seconds(network, obs: torch.Tensor, rate: float, updates: int) -> float
     return (time.perf_counter() - start) / updates
 
 
+def bare_actor_critic_seconds(args: iq_continuous.Args, obs_size: int, num_actions: int, updates: int) -> float:
+    """Seconds for the passes of one actor-critic update on rows in place: critic on (s, a) and on the expert's (s, ã),
+    target critic on s', actor on s and s', critic on (s, ã) for the actor, two optimiser steps."""
+    n, ends = args.batch_size, [1.0] * num_actions
+    actor = iq_continuous.Actor((obs_size,), [-1.0] * num_actions, ends, args.hidden_size)
+    critic, target = (iq_continuous.QNetwork((obs_size,), num_actions, args.hidden_size, args.layer_norm) for _ in "12")
+    optimizers = [torch.optim.Adam(network.parameters(), lr=1e-4, fused=True) for network in (critic, actor)]
+    parameters = list(actor.parameters())
+    obs, action = torch.rand(2 * n, obs_size), torch.rand(2 * n, num_actions)
+    three_obs, three_action = torch.rand(3 * n, obs_size), torch.rand(3 * n, num_actions)
+    for i in range(updates + updates // 10):
+        if i == updates // 10:
+            start = time.perf_counter()
+        mean, log_std = actor(obs)
+        with torch.no_grad():
+            actor(obs), target(obs, action)
+        optimizers[0].zero_grad(set_to_none=True)
+        critic(three_obs, three_action).square().mean().backward()
+        optimizers[0].step()
+        optimizers[1].zero_grad(set_to_none=True)
+        (critic(obs, mean).mean() + log_std.mean()).backward(inputs=parameters)
+        optimizers[1].step()
+    return (time.perf_counter() - start) / updates
+
+
 def cases():
     """name, script, settings, observation shape, batch rows of one update, updates in a round."""
     cartpole = iq_discrete.Args(eval_every=0, checkpoint_every=0, save_model=False, num_demos=10, total_timesteps=3000)
     yield "CartPole, online", iq_discrete, cartpole, (4,), 2 * cartpole.batch_size, 3000
+    for name, change in (("HalfCheetah, 128 + 128 rows", {}),
+                         ("HalfCheetah, 256 + 256 rows, 500,000 stored", {"batch_size": 256, "buffer_size": 500_000})):
+        cheetah = iq_continuous.Args(eval_every=0, checkpoint_every=0, save_model=False, total_timesteps=500, **change)
+        yield name, iq_continuous, cheetah, (17,), None, 300
     for name, change in (("Pong, demonstrations alone", {"pretrain_updates": 60, "total_timesteps": 0}),
                          ("Pong, online", {"pretrain_updates": 0, "total_timesteps": 480, "num_envs": 8,
                                            "updates_per_step": 0.125, "buffer_size": 2000, "chi2_rows": "both",
@@ -113,22 +155,27 @@ def sampling_seconds(size: int) -> float:
 def main():
     rows = []
     for name, module, args, shape, batch, updates in cases():
-        make_envs = module.make_envs
-        actions = 2 if module is iq_discrete else 6
-        dtype = np.float32 if module is iq_discrete else np.uint8
+        make_envs, replay = module.make_envs, module.Replay
+        actions = Box(-1, 1, (6,)) if module is iq_continuous else Discrete(2 if module is iq_discrete else 6)
+        dtype = np.uint8 if module is iq_atari else np.float32
         if module is iq_atari:  # loading plays games again: once, and then the same frames
             loaded = iq_atari.load_demonstrations(args, 6, torch.device("cpu"))
             iq_atari.load_demonstrations = lambda *_, loaded=loaded: loaded
+        if "stored" in name:
+            module.Replay = FullReplay
         bare, loop = [], []
         for _ in range(ROUNDS):
-            network = (iq_discrete.QNetwork(shape, actions, args.network, args.hidden_size)
-                       if module is iq_discrete else iq_atari.QNetwork(actions))
-            if module is iq_atari:
-                network.autocast = args.bfloat16 and iq_atari.has_bfloat16(torch.device("cpu"))
-            obs = torch.rand(batch, *shape) if module is iq_discrete else torch.randint(0, 255, (batch, *shape)).byte()
-            bare.append(bare_seconds(network, obs, args.learning_rate, updates))
+            if module is iq_continuous:
+                bare.append(bare_actor_critic_seconds(args, *shape, 6, updates))
+            else:
+                network = (iq_discrete.QNetwork(shape, 2, args.network, args.hidden_size)
+                           if module is iq_discrete else iq_atari.QNetwork(6))
+                if module is iq_atari:
+                    network.autocast = args.bfloat16 and iq_atari.has_bfloat16(torch.device("cpu"))
+                obs = torch.rand(batch, *shape) if module is iq_discrete else torch.randint(0, 255, (batch, *shape)).byte()
+                bare.append(bare_seconds(network, obs, args.learning_rate, updates))
             loop.append(loop_seconds(module, args, StubEnvs(args.num_envs, shape, dtype, actions)))
-        module.make_envs = make_envs
+        module.make_envs, module.Replay = make_envs, replay
         bare, loop = np.median(bare), np.median(loop)
         rows += [{"what": f"{name}: bare work, ms", "value": round(1e3 * bare, 3)},
                  {"what": f"{name}: training loop, ms", "value": round(1e3 * loop, 3)},

@@ -36,6 +36,26 @@ CONTINUOUS_FIELDS = {
     "eval_every": "", "checkpoint_every": "",
 }
 
+# What differs between iq_ilo.py and any of the others: no actions of the expert's, and both kinds of actions.
+ILO = {
+    "validate": "other flags",
+    "make_envs": "both kinds of actions, and the maze",
+    "QNetwork": "both kinds of actions",
+    "Demonstrations": "States, which have no action",
+    "read_minari": "actions are not read",
+    "demonstrations_path": "the maze's files; actions are not asked for",
+    "check_demonstrations": "actions are not read",
+    "load_demonstrations": "actions are not read",
+    "draw": "States, which have no action",
+    "implied_reward": "a policy of either kind",
+    "iq_loss": "a policy of either kind",
+    "load_model": "policy, critic and the reward of the state",
+    "make_update": "the inverse-dynamics model",
+    "train": "the inverse-dynamics model, both kinds of actions, the reward of the state",
+    "play": "the maze's switches",
+}
+ILO_FIELDS = {"env_id": "the task", "target_rate": "none with discrete actions", "checkpoint_every": "", "eval_every": ""}
+
 # Top-level functions and classes that two scripts both have and that differ on purpose, with the reason.
 INTENDED = {
     ("iq_atari.py", "iq_continuous.py"): CONTINUOUS | {
@@ -61,6 +81,16 @@ INTENDED = {
         "train": "frames, bfloat16",
         "play": "no grid switches",
     },
+    ("iq_continuous.py", "iq_ilo.py"): ILO | {"parse_args": "--preset", "actor_loss": "its own sample and terms"},
+    ("iq_discrete.py", "iq_ilo.py"): ILO | {"evaluate": "a policy of either kind acts"},
+    ("iq_atari.py", "iq_ilo.py"): ILO | {
+        "env_name": "Atari ids carry NoFrameskip", "Replay": "single frames", "evaluate": "a policy of either kind acts",
+    },
+    ("iq_ilo.py", "iq_offline.py"): ILO | {
+        "actor_loss": "its own sample and terms", "evaluate": "a policy of either kind acts", "log_density": "",
+        "mlp": "", "parse_args": "no table of settings", "random_return": "no environment", "read_demonstrations":
+        "actions and spaces from the file",
+    },
 }
 # The same for fields of Args that both have: default, type or comment.
 INTENDED_FIELDS = {
@@ -76,6 +106,18 @@ INTENDED_FIELDS = {
         "chi2_alpha": "chi2 alone", "learning_rate": "", "batch_size": "", "updates_per_step": "", "buffer_size": "",
         "eval_every": "", "eval_episodes": "", "seed": "the comment",
         "average_rate": "measured", "standardize_obs": "frames have one scale",
+    },
+    ("iq_continuous.py", "iq_ilo.py"): ILO_FIELDS | {"learning_starts": "random actions, for the model's sake"},
+    ("iq_discrete.py", "iq_ilo.py"): ILO_FIELDS | {
+        "average_rate": "measured", "batch_size": "", "buffer_size": "", "chi2_alpha": "chi2 alone",
+        "divergence": "chi2 alone", "eval_episodes": "", "hidden_size": "no grid", "num_demos": "the paper's one",
+        "random_start": "another environment", "standardize_obs": "measured", "temperature": "measured",
+        "total_timesteps": "", "updates_per_step": "no cloning to count for", "value_loss": "measured",
+    },
+    ("iq_atari.py", "iq_ilo.py"): ILO_FIELDS | {
+        "average_rate": "measured", "batch_size": "", "buffer_size": "", "dones_are": "a file of frames", "num_demos": "",
+        "num_envs": "", "seed": "the comment", "standardize_obs": "frames have one scale", "temperature": "measured",
+        "total_timesteps": "", "updates_per_step": "", "value_loss": "measured",
     },
 }
 

@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from ale_py import AtariVectorEnv
 from gymnasium.vector import AutoresetMode
 
 import iq_atari
+import iq_continuous
 import iq_discrete
 
 BREAKOUT = "BreakoutNoFrameskip-v4"
@@ -31,6 +33,8 @@ TINY = {
                  "--no-cuda --run-name tiny".split(),
     iq_atari: "--num-demos 0 --pretrain-updates 1 --num-envs 1 --eval-every 0 --batch-size 2 --no-cuda "
               "--run-name tiny".split(),
+    iq_continuous: "--env-id Pendulum-v1 --num-demos 0 --total-timesteps 20 --eval-every 0 --batch-size 4 --hidden-size 4 "
+                   "--buffer-size 50 --no-cuda --run-name tiny".split(),
 }
 
 
@@ -56,6 +60,17 @@ def frame_demonstrations() -> dict[str, np.ndarray]:
     data = demonstrations(env_id="PongNoFrameskip-v4")
     data["observations"] = np.random.default_rng(6).integers(256, size=(ROWS, 84, 84), dtype=np.uint8)
     return data
+
+
+def continuous_demonstrations() -> dict[str, np.ndarray]:
+    """Demonstrations of Pendulum, actions from -2 to 2 in float32."""
+    data = demonstrations(env_id="Pendulum-v1")
+    actions = np.random.default_rng(7).uniform(-2, 2, (STEPS, 1)).astype(np.float32)
+    actions[3], actions[4] = -2, 2  # the bounds themselves are within
+    return data | {"observations": data["observations"][:, :3], "actions": actions}
+
+
+ALL = {iq_discrete: demonstrations, iq_atari: frame_demonstrations, iq_continuous: continuous_demonstrations}
 
 
 def edited(data: dict, **changes) -> dict:
@@ -129,6 +144,11 @@ def load(demos, **fields) -> iq_discrete.Demonstrations:
     return iq_discrete.load_demonstrations(args, (4,), 2, "cpu")
 
 
+def load_continuous(demos, low=(-2.0,), high=(2.0,), **fields) -> iq_continuous.Demonstrations:
+    args = iq_continuous.Args(demos=str(demos), **({"num_demos": 0, "env_id": "Pendulum-v1"} | fields))
+    return iq_continuous.load_demonstrations(args, (3,), iq_continuous.Actor((3,), list(low), list(high)), "cpu")
+
+
 def load_atari(demos, **fields) -> iq_atari.Demonstrations:
     args = iq_atari.Args(demos=str(demos), **({"num_demos": 0} | fields))
     return iq_atari.load_demonstrations(args, 4 if "Breakout" in args.env_id else 6, "cpu")
@@ -195,7 +215,7 @@ def test_good_file_trains(tmp_path, good, capsys):
 
 @pytest.mark.parametrize("module, kind", [
     *((iq_discrete, kind) for kind in ("missing", "folder", "text", "empty", "npy")), (iq_atari, "missing"),
-    (iq_atari, "text")])
+    (iq_atari, "text"), (iq_continuous, "missing"), (iq_continuous, "text")])
 def test_not_an_npz(module, kind, tmp_path, capsys):
     path = tmp_path / "demos.npz"
     if kind == "folder":
@@ -278,10 +298,11 @@ def test_payload_does_something(tmp_path):
 
 
 @pytest.mark.parametrize("module, name", [
-    *((iq_discrete, name) for name in (*demonstrations(), "dones")), (iq_atari, "observations"), (iq_atari, "dones")])
+    *((iq_discrete, name) for name in (*demonstrations(), "dones")), (iq_atari, "observations"), (iq_atari, "dones"),
+    (iq_continuous, "actions"), (iq_continuous, "dones")])
 def test_pickled_content_is_never_unpickled(module, name, tmp_path, capsys):
     marker = tmp_path / "executed"
-    data = demonstrations() if module is iq_discrete else frame_demonstrations()
+    data = ALL[module]()
     if name == "dones":
         data = edited(data, terminations=None, truncations=None)
     path = write(tmp_path / "demos.npz", edited(data, **{name: np.array([Payload(marker)] * STEPS, dtype=object)}))
@@ -438,6 +459,8 @@ def test_bad_flag(flags, tmp_path, good, capsys):
     (iq_discrete, "--divergence euclid", "hellinger"), (iq_discrete, "--dones-are lies", "time-limits"),
     (iq_discrete, "--value-loss v1", "v0_expert"), (iq_discrete, "--objective gail", "bc"),
     (iq_discrete, "--seed one", "int"), (iq_discrete, "--no-such-flag 1", ""), (iq_atari, "--divergence kl", "chi2"),
+    (iq_continuous, "--divergence kl", "chi2"), (iq_continuous, "--preset theirs", "paper"),
+    (iq_continuous, "--learning-rate 0.1", ""),
 ])
 def test_unknown_choice(module, flags, expected, tmp_path, capsys):
     """These are refused by tyro."""
@@ -449,9 +472,9 @@ def test_unknown_choice(module, flags, expected, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("module", [iq_discrete, iq_atari], ids=lambda m: m.SCRIPT)
+@pytest.mark.parametrize("module", TINY, ids=lambda m: m.SCRIPT)
 def test_run_directory_exists(module, tmp_path, capsys):
-    data = demonstrations() if module is iq_discrete else frame_demonstrations()
+    data = ALL[module]()
     path, run_dir = write(tmp_path / "demos.npz", data), tmp_path / "runs/tiny"
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text("precious")
@@ -648,7 +671,6 @@ def test_minari_with_damaged_data(kind, minari_root, tmp_path, capsys, monkeypat
 
 
 def test_minari_with_observations_in_a_dictionary(minari_root, tmp_path, capsys):
-    import gymnasium as gym
     minari = pytest.importorskip("minari")
     from minari.data_collector import EpisodeBuffer
 
@@ -662,7 +684,6 @@ def test_minari_with_observations_in_a_dictionary(minari_root, tmp_path, capsys)
 
 
 def test_minari_frames_for_atari(minari_root, tmp_path, capsys):
-    import gymnasium as gym
     data = frame_demonstrations()
     path = write(tmp_path / "demos.npz", data)
     dataset_id = write_minari("pong/test-v0", data, jpeg_encoding=False, action_space=gym.spaces.Discrete(6),
@@ -831,6 +852,128 @@ def test_recording_trains(case, recording, tmp_path, capsys):
     assert ("warning" in err) == (case == "other spelling")
 
 
+# --------------------------------------------------------------------------------- actions of real numbers
+C = continuous_demonstrations()
+BAD_CONTINUOUS = {
+    "actions integers": ({"actions": C["actions"].astype(int)}, "actions.*int64", "float32"),
+    "actions flat": ({"actions": C["actions"][:, 0]}, r"actions.*\(15,\)", r"\(T, 1\)"),
+    "actions too wide": ({"actions": np.repeat(C["actions"], 2, 1)}, r"actions.*\(15, 2\)", r"\(T, 1\)"),
+    "actions too few": ({"actions": C["actions"][:-1]}, r"actions.*\(14, 1\)", r"\b15\b"),
+    "actions NaN": ({"actions": at(C["actions"], 3, np.nan)}, "actions.*NaN"),
+    "actions infinite": ({"actions": at(C["actions"], 3, -np.inf)}, "actions.*infinite"),
+    "actions complex": ({"actions": C["actions"] + 1j}, "actions.*complex", "float32"),
+    "actions text": ({"actions": C["actions"].astype(str)}, "actions.*<U", "float32"),
+    "actions bool": ({"actions": C["actions"] > 0}, "actions.*bool", "float32"),
+    "observations NaN": ({"observations": at(C["observations"], (4, 2), np.nan)}, "observations.*NaN"),
+    "observations too wide": ({"observations": np.repeat(C["observations"], 2, 1)}, r"\(6,\)", r"\(3,\)"),
+    "lengths zero": ({"episode_lengths": np.array([7, 5, 3, 0])}, "episode_lengths", "positive integers"),
+    "another environment": ({"env_id": np.array("Hopper-v5")}, "Hopper-v5", "Pendulum-v1"),
+    "no truncations": ({"truncations": None}, "truncations.*missing"),
+    "dones": ({"terminations": None, "truncations": None, "dones": C["terminations"]}, "--dones-are"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONTINUOUS)
+def test_bad_arrays_continuous(case, tmp_path, capsys):
+    changes, *patterns = BAD_CONTINUOUS[case]
+    path = write(tmp_path / "demos.npz", edited(C, **changes))
+    refused_demos(iq_continuous, capsys, tmp_path, path, *patterns)
+
+
+@pytest.mark.parametrize("changes", [{}, {"actions": C["actions"].astype(np.float64)}, {"rewards": None},
+                                     {"actions": C["actions"].astype(np.float16)},
+                                     {"action_low": np.array(["?"]), "notes": np.array([{}], dtype=object)}], ids=str)
+def test_good_file_trains_continuous(changes, tmp_path, capsys):
+    path = write(tmp_path / "demos.npz", edited(C, **changes))
+    assert train(iq_continuous, tmp_path, demos=path) == 0
+    out, err = capsys.readouterr()
+    assert "warning" not in err and " updates=18 " in out.splitlines()[-1]
+    assert ("expert=nan" if "rewards" in changes else "expert=5.0000") in out.splitlines()[-1]
+
+
+def test_actions_are_scaled_and_those_beyond_the_bounds_clipped_with_one_warning(tmp_path, capsys):
+    actions = C["actions"].copy()
+    actions[[0, 7, 9], 0] = -2.1, 10, 1e30
+    path = write(tmp_path / "demos.npz", edited(C, actions=actions))
+    loaded = load_continuous(path).transitions
+    order = np.lexsort((loaded.obs[:, 1], loaded.obs[:, 0]))  # episode, then time
+    expected = np.clip(actions[:, 0] / 2, -1, 1)
+    np.testing.assert_allclose(loaded.action[order, 0], expected, rtol=0, atol=1e-6)
+    capsys.readouterr()
+    assert train(iq_continuous, tmp_path, demos=path) == 0
+    err = capsys.readouterr().err
+    assert err.count("warning") == 1 and "3 of 15 actions" in err and "Pendulum-v1" in err and "clipped" in err
+
+
+@pytest.mark.parametrize("low, high", [(-0.4, 0.4), (0.0, 3.0), (-0.1, 0.3), (-1000.1, 1000.1), (-1e-3, 1e-3)])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_a_bound_itself_is_no_violation_in_any_precision(low, high, kind, tmp_path, capsys):
+    actions = np.resize(np.array([low, high], kind), (STEPS, 1))
+    path = write(tmp_path / "demos.npz", edited(C, actions=actions))
+    bounds = ([float(np.float32(low))], [float(np.float32(high))])
+    loaded = load_continuous(path, *bounds).transitions.action
+    np.testing.assert_allclose(sorted(set(loaded[:, 0].tolist()))[::len(set(loaded[:, 0].tolist())) - 1], [-1, 1], atol=1e-5)
+    assert "warning" not in capsys.readouterr().err
+    beyond = write(tmp_path / "beyond.npz", edited(C, actions=actions + 0.01 * (high - low)))
+    load_continuous(beyond, *bounds)
+    assert "7 of 15 actions" in capsys.readouterr().err
+
+
+BAD_CONTINUOUS_FLAGS = {
+    "--env-id CartPole-v1": ("discrete", r"iq_discrete\.py"),
+    "--env-id NoSuchThing-v1": ("NoSuchThing",),
+    "--env-id UnboundedActions-v0": (r"Box\(-inf, inf", "bounded"),
+    "--env-id HalfBoundedActions-v0": (r"Box\(0.0, inf", "bounded"),
+    "--env-id TwoAxesActions-v0": (r"\(2, 2\)", "one dimension"),
+    "--env-id WholeActions-v0": ("int64", "real numbers"),
+    "--env-id NoRangeActions-v0": (r"Box\(1.0, 1.0", "real numbers"),
+    "--env-id ManyActions-v0": ("MultiDiscrete", "bounded Box"),
+    "--gamma 1.0": ("at least 0 and below 1",),
+    "--temperature -0.1": ("at least 0",),
+    "--chi2-alpha 0.0": ("above 0",),
+    "--actor-lr 0": ("above 0",),
+    "--critic-lr nan": ("above 0",),
+    "--updates-per-step inf": ("above 0",),
+    "--batch-size 0": ("at least 1",),
+    "--hidden-size 0": ("at least 1",),
+    "--learning-starts 0": ("at least 1",),
+    "--buffer-size 0": ("at least 1",),
+    "--target-rate 0": ("above 0 and at most 1",),
+    "--target-rate 1.5": ("above 0 and at most 1",),
+    "--average-rate -0.1": ("from 0 to 1",),
+    "--cloning-weight -1": ("at least 0",),
+    "--cloning-steps 0": ("at least 1",),
+    "--num-demos 4": (r"\b3\b",),
+    "--seed -1": ("at least 0",),
+}
+SPACES = {
+    "UnboundedActions-v0": gym.spaces.Box(-np.inf, np.inf, (2,)), "HalfBoundedActions-v0": gym.spaces.Box(0, np.inf, (2,)),
+    "TwoAxesActions-v0": gym.spaces.Box(-1, 1, (2, 2)), "WholeActions-v0": gym.spaces.Box(0, 9, (2,), np.int64),
+    "NoRangeActions-v0": gym.spaces.Box(1, 1, (2,)), "ManyActions-v0": gym.spaces.MultiDiscrete([2, 3]),
+}
+
+
+class Still(gym.Env):
+    """An environment that is asked for its spaces alone."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,))
+
+    def __init__(self, action_space, render_mode=None):
+        self.action_space = action_space
+
+
+for name, space in SPACES.items():
+    gym.register(name, entry_point=Still, kwargs={"action_space": space})
+
+
+@pytest.mark.parametrize("flags", BAD_CONTINUOUS_FLAGS)
+def test_bad_flag_continuous(flags, tmp_path, capsys):
+    path = write(tmp_path / "demos.npz", C)
+    flag, value = flags.split()
+    argv = [*TINY[iq_continuous], "--out-dir", tmp_path / "runs", "--demos", path, flag, value]
+    refused(iq_continuous, capsys, tmp_path, argv, flag, *BAD_CONTINUOUS_FLAGS[flags], path=path)
+
+
 # --------------------------------------------------------------------------------- --resume and --evaluate
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> dict[str, Path]:
@@ -840,10 +983,12 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     acrobot = edited(D, observations=np.repeat(D["observations"][:, :3], 2, axis=1), env_id=np.array("Acrobot-v1"))
     acrobot = write(folder / "acrobot.npz", acrobot)
     frames = write(folder / "frames.npz", F)
+    pendulum = write(folder / "pendulum.npz", continuous_demonstrations())
     for module, name, flags, demos in ((iq_discrete, "CartPole", (), cartpole), (iq_atari, "Pong", (), frames),
-                                       (iq_discrete, "Acrobot", ("--env-id", "Acrobot-v1"), acrobot)):
+                                       (iq_discrete, "Acrobot", ("--env-id", "Acrobot-v1"), acrobot),
+                                       (iq_continuous, "Pendulum", (), pendulum)):
         assert train(module, folder, *flags, "--run-name", name, demos=demos) == 0
-    return {name: folder / "runs" / name for name in ("CartPole", "Acrobot", "Pong")}
+    return {name: folder / "runs" / name for name in ("CartPole", "Acrobot", "Pong", "Pendulum")}
 
 
 @pytest.fixture
@@ -872,11 +1017,25 @@ def test_resume_keeps_the_settings(flags, old, run_dir, tmp_path, capsys):
     refused_resume(capsys, tmp_path, run_dir, flag, re.escape(value), old, flags=[flag, value])
 
 
-@pytest.mark.parametrize("module, name", [(iq_discrete, "Pong"), (iq_atari, "CartPole")], ids=["discrete", "atari"])
+ANOTHER = [(iq_discrete, "Pong"), (iq_atari, "CartPole"), (iq_continuous, "CartPole"), (iq_discrete, "Pendulum")]
+OWNER = {"CartPole": iq_discrete, "Pong": iq_atari, "Pendulum": iq_continuous}
+
+
+@pytest.mark.parametrize("module, name", ANOTHER)
 def test_resume_of_another_script(module, name, runs, tmp_path, capsys):
     run_dir = shutil.copytree(runs[name], tmp_path / "runs/copy")
-    refused(module, capsys, tmp_path, ["--resume", run_dir], run_dir, "--resume", r"iq_atari\b", r"iq_discrete\b",
+    refused(module, capsys, tmp_path, ["--resume", run_dir], run_dir, "--resume", OWNER[name].SCRIPT, module.SCRIPT,
             path=run_dir)
+
+
+@pytest.mark.parametrize("flags, old", [
+    ("--actor-lr 0.5", "3e-05"), ("--preset paper", "ours"), ("--env-id Hopper-v5", "Pendulum-v1"),
+    ("--learning-starts 3", r"\b1280\b"), ("--cloning-weight 1.0", r"\b0\.0\b"),
+])
+def test_resume_keeps_the_settings_continuous(flags, old, runs, tmp_path, capsys):
+    run_dir = shutil.copytree(runs["Pendulum"], tmp_path / "runs/copy")
+    flag, value = flags.split()
+    refused(iq_continuous, capsys, tmp_path, ["--resume", run_dir, flag, value], run_dir, flag, re.escape(value), old)
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "args.json"])
@@ -942,11 +1101,10 @@ def test_evaluate_what_is_no_model(kind, runs, tmp_path, capsys):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("module, name", [(iq_discrete, "Pong"), (iq_atari, "CartPole")], ids=["discrete", "atari"])
+@pytest.mark.parametrize("module, name", ANOTHER)
 def test_evaluate_a_model_of_another_script(module, name, runs, tmp_path, capsys):
     path = Path(shutil.copy(runs[name] / "model.pt", tmp_path))
-    other = iq_atari if module is iq_discrete else iq_discrete
-    refused(module, capsys, tmp_path, ["--evaluate", path], path, other.SCRIPT)
+    refused(module, capsys, tmp_path, ["--evaluate", path], path, OWNER[name].SCRIPT)
 
 
 def test_evaluate_a_model_of_another_environment(runs, tmp_path, capsys):
@@ -954,6 +1112,26 @@ def test_evaluate_a_model_of_another_environment(runs, tmp_path, capsys):
     path = Path(shutil.copy(runs["CartPole"] / "model.pt", tmp_path))
     argv = ["--evaluate", path, "--env-id", "Acrobot-v1", "--eval-episodes", "1"]
     refused(iq_discrete, capsys, tmp_path, argv, path, "CartPole-v1", "Acrobot-v1")
+
+
+@pytest.mark.parametrize("kind", ["missing", "cut-off", "text", "payload", "list", "checkpoint"])
+def test_evaluate_what_is_no_actor_and_critic(kind, runs, tmp_path, capsys):
+    path, marker = tmp_path / "model.pt", tmp_path / "executed"
+    raw = (runs["Pendulum"] / "model.pt").read_bytes()
+    if kind == "checkpoint":
+        shutil.copy(runs["Pendulum"] / "checkpoint.pt", path)
+    elif kind in ("payload", "list"):
+        torch.save({"script": Payload(marker)} if kind == "payload" else [1], path)
+    elif kind != "missing":
+        path.write_bytes(raw[: len(raw) // 2] if kind == "cut-off" else b"a model")
+    refused(iq_continuous, capsys, tmp_path, ["--evaluate", path], path)
+    assert not marker.exists()
+
+
+def test_evaluate_an_actor_of_another_environment(runs, tmp_path, capsys):
+    path = Path(shutil.copy(runs["Pendulum"] / "model.pt", tmp_path))
+    argv = ["--evaluate", path, "--env-id", "Hopper-v5", "--eval-episodes", "1"]
+    refused(iq_continuous, capsys, tmp_path, argv, path, "Pendulum-v1", "Hopper-v5")
 
 
 # ------------------------------------------------------------------------------------- as users run them
@@ -966,10 +1144,13 @@ def run_script(script: Path, *flags) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("module, words", [
     (iq_discrete, ["observations", "actions", "terminations", "truncations"]),
     (iq_atari, ["seeds", "actions", "returns"]),
-], ids=["discrete", "atari"])
+    (iq_continuous, ["observations", "actions", "terminations", "truncations"]),
+], ids=["discrete", "atari", "continuous"])
 def test_script_copied_alone_has_no_demonstrations(module, words, tmp_path):
     script = Path(shutil.copy(ROOT / f"{module.SCRIPT}.py", tmp_path))
-    result = run_script(script, "--total-timesteps", 1)
+    # MuJoCo has a warning of its own about HalfCheetah's model, which is iq_continuous.py's default.
+    env = ["--env-id", "Pendulum-v1"] if module is iq_continuous else []
+    result = run_script(script, "--total-timesteps", 1, *env)
     assert result.returncode == 2 and result.stderr.startswith(f"{module.SCRIPT}.py: --demos"), result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     for word in [*words, "episode_lengths", "env_id", "npz", "Minari"]:

@@ -67,20 +67,20 @@ def test_the_readme_is_short_and_has_one_line_for_each_set_up_command():
     assert len(commands) == 2 and "iq_atari.py" in commands[0] and commands[1].endswith("pytest")
 
 
-@pytest.mark.parametrize("name", ["discrete", "pong"])
+@pytest.mark.parametrize("name", ["discrete", "pong", "figure2_offline", "table3_mujoco", "table6_ilo"])
 def test_the_tables_are_made_from_the_csv_files(name):
-    """reproduce/<name>.md is what <name>.csv gives, and every line of the README's tables stands in such a table."""
+    """reproduce/<name>.md is what <name>.csv gives."""
     module = importlib.import_module(name)
     with open(ROOT / "reproduce" / f"{name}.csv") as file:
         rows = list(csv.DictReader(file))
-    assert all(row["commit"] and row["command"] for row in rows)
+    assert rows and all(row["commit"] and row["command"] for row in rows)
     assert module.table(rows) == (ROOT / "reproduce" / f"{name}.md").read_text()
-    lines = [line for line in (ROOT / "reproduce" / f"{name}.md").read_text().splitlines() if not set(line) <= set("|- ")]
-    assert set(lines) <= set(README.splitlines())
 
 
-# Least number of episodes in a file, where they are too large for the 30 of all the others.
-EPISODES = {"HalfCheetah-v5": 25, "Hopper-v5": 25, "Walker2d-v5": 25, "Ant-v5": 10, "Humanoid-v5": 5}
+def test_the_table_of_the_readme_is_made_from_the_csv_files():
+    import summary
+
+    assert summary.table() in README
 
 
 def test_demonstrations_are_small_and_as_their_readme_says():

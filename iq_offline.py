@@ -1,0 +1,1064 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "gymnasium[classic-control,box2d,mujoco]==1.4.0", "numpy==2.4.6",
+#   "tyro==1.0.17", "tqdm==4.70.1", "wandb==0.31.0", "moviepy==2.2.1",
+# ]
+# ///
+"""Inverse soft-Q Learning (IQ-Learn, arXiv:2106.12142): imitation offline, from logged data alone.
+
+Integer actions: one network Q(s, a) is the policy, softmax(Q/τ), and the reward, r = Q(s,a) − γ V(s'). Float actions:
+a critic Q(s, a) beside a tanh-Gaussian actor π. On expert rows alone it minimises, for χ² (Eq. 12 of the paper),
+
+    L = E_expert[V(s) − Q(s,a)] + E_expert[r²]/(4α),    V(s) = τ·logsumexp_a(Q(s,a)/τ) or Q(s,ã) − τ·log π(ã|s)
+
+No environment is stepped but to evaluate, and none is needed: `--demos my.npz` alone trains and saves.
+
+    python iq_offline.py --env-id CartPole-v1 --num-demos 1 --subsample-freq 20
+
+Departures from the paper are marked DEVIATION where they act. Derived from iq_discrete.py, where play is:
+`diff iq_discrete.py iq_offline.py` shows what logged data and continuous actions need.
+"""
+import csv
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import time
+import zipfile
+import zlib
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.vector import AutoresetMode
+from tqdm import tqdm
+
+SCRIPT = "iq_offline"
+# Mean return of uniformly random actions, 100 episodes, seeds 0 to 99; measured when an environment is missing.
+RANDOM_RETURN = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5, "Pendulum": -1197.2}
+# Settings that differ per environment, by its name without the version; a flag that is given always wins.
+SETTINGS: dict[str, dict] = {
+    "CartPole": {"hidden_layers": 0, "learning_rate": 3e-3, "total_updates": 3_000},
+}
+
+
+# ----------------------------------------------------------------------------------------------- Args
+@dataclass
+class Args:
+    # The task
+    env_id: str | None = None  # where to evaluate, and whose bundled demonstrations to take; none is needed to train
+    seed: int = 1  # of everything: demonstrations drawn, networks, evaluation
+    total_updates: int = 10_000  # gradient updates
+    # Demonstrations
+    demos: str | None = None  # an .npz file or a Minari dataset id (default: the bundled file)
+    num_demos: int = 10  # trajectories, drawn by the seed; 0 for all
+    subsample_freq: int = 1  # keep every k-th transition of a trajectory, from a random offset
+    holdout: float = 0.0  # share of those trajectories that is kept out of training, to measure on
+    dones_are: Literal["terminations", "time-limits"] | None = None  # what `dones` in a file means
+    # The objective (the letters of the equations in brackets)
+    objective: Literal["iq", "bc"] = "iq"  # IQ-Learn, or behavioural cloning with the same network
+    gamma: float = 0.99  # discount [γ]
+    temperature: float = 0.01  # entropy temperature of value and policy [τ]; 0 for the hard maximum
+    divergence: Literal["chi2", "tv", "kl", "forward_kl", "hellinger", "js", "w1"] = "chi2"  # distance [φ]
+    chi2_alpha: float | None = None  # χ² strength [α] (default: 0.5 with chi2, else no χ² term)
+    value_loss: Literal["value_expert", "v0", "v0_expert"] = "value_expert"  # form of the second term
+    gradient_penalty: float = 10.0  # weight of the gradient penalty [λ], with w1 alone
+    q_bound: float | None = None  # |Q| bounded by a tanh; 0 for none (default: 10 with tv, else none)
+    cloning_weight: float = 0.0  # continuous actions: weight of −log π(a|s) at the expert's actions in the actor's loss
+    target_rate: float | None = None  # Polyak rate of a target network for V(s'), 0: none (default: 0.005 if continuous)
+    average_rate: float = 0.002  # rate of the moving average that is evaluated and saved; 0: the network
+    # The network
+    hidden_size: int = 64  # units of a hidden layer
+    hidden_layers: int = 2  # of the networks; 0: linear in the observation
+    standardize_obs: bool = True  # standardise observations by the demonstrations
+    # Optimisation
+    learning_rate: float = 1e-3  # of Adam, with discrete actions
+    actor_lr: float = 3e-4  # of Adam for the actor, with continuous actions
+    critic_lr: float = 3e-4  # of Adam for the critic, with continuous actions
+    weight_decay: float = 0.0  # of AdamW
+    batch_size: int = 128  # expert rows
+    # The run
+    eval_every: int = 2_000  # updates between evaluations; 0: none at all
+    eval_episodes: int = 20  # episodes of an evaluation
+    out_dir: str = "runs"  # where run directories go
+    run_name: str | None = None  # the run's directory (default: environment, script, seed, time)
+    track: bool = False  # log to Weights & Biases
+    wandb_project_name: str = "iq-learn"  # its project
+    wandb_entity: str | None = None  # its team
+    capture_video: bool = False  # record the last evaluation's first episode
+    save_model: bool = True  # write model.pt
+    checkpoint_every: int = 10_000  # updates between checkpoints; 0: only at the end or when stopped
+    resume: str | None = None  # a run directory to continue
+    evaluate: str | None = None  # a model.pt to play instead of training
+    cuda: bool = True  # use a GPU if there is one
+    compile: bool = False  # torch.compile the update
+
+
+MAY_CHANGE_ON_RESUME = {"total_updates", "eval_every", "eval_episodes", "track", "wandb_project_name",
+                        "wandb_entity", "capture_video", "save_model", "checkpoint_every", "resume"}
+
+
+class BadInput(Exception):
+    """A mistake that the user can mend, told in one sentence; exit status 2."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise `BadInput(message)` unless `condition` holds."""
+    if not condition:
+        raise BadInput(message)
+
+
+def env_name(env_id: str) -> str:
+    """The name without its version and namespace: `Hopper-v5` gives `Hopper`."""
+    return re.sub(r"-v\d+$", "", env_id).split("/")[-1]
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Flags over the environment's settings over the defaults; with `--resume`, over the stopped run's own.
+
+    Raises:
+        BadInput: `--resume` with no run there, of another script, or with a setting that must not change.
+    """
+    args = tyro.cli(Args, args=argv)
+    if not args.resume:
+        return tyro.cli(Args, args=argv, default=replace(Args(), **SETTINGS.get(env_name(args.env_id or ""), {})))
+    run_dir = Path(args.resume)
+    check((run_dir / "checkpoint.pt").is_file(), f"--resume {run_dir}: no checkpoint.pt found there")
+    try:
+        stored = json.loads((run_dir / "args.json").read_text())
+        script = stored.pop("script")
+        stored = Args(**stored) if script == SCRIPT else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInput(f"--resume {run_dir}: its args.json cannot be used ({error})") from None
+    check(stored is not None, f"--resume {run_dir}: a run of {script}.py, expected one of {SCRIPT}.py")
+    stored = replace(stored, out_dir=str(run_dir.resolve().parent), run_name=run_dir.resolve().name)
+    args = tyro.cli(Args, args=argv, default=stored)
+    for name, value in asdict(args).items():
+        old = getattr(stored, name)
+        check(value == old or name in MAY_CHANGE_ON_RESUME,
+              f"--{name.replace('_', '-')} {value}: the run in {run_dir} has {old}, and a resumed run keeps it")
+    return args
+
+
+def validate(args: Args) -> None:
+    """Check the numbers among the flags. Raises BadInput."""
+    rules = {
+        "at least 1": (lambda x: x >= 1, "subsample_freq batch_size eval_episodes hidden_size"),
+        "at least 0": (lambda x: x >= 0, "seed total_updates num_demos temperature gradient_penalty cloning_weight "
+                       "hidden_layers weight_decay eval_every checkpoint_every"),
+        "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
+        "above 0 and finite": (lambda x: 0 < x < np.inf, "learning_rate actor_lr critic_lr"),
+        "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma holdout"),
+        "from 0 to 1": (lambda x: x is None or 0 <= x <= 1, "target_rate average_rate"),
+    }
+    for rule, (holds, names) in rules.items():
+        for name in names.split():
+            value = getattr(args, name)
+            check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
+    check(not (args.compile and args.divergence == "w1"),
+          "--compile: not with --divergence w1, whose gradient penalty torch.compile cannot differentiate twice")
+    check(args.chi2_alpha is None or args.chi2_alpha > 0, f"--chi2-alpha {args.chi2_alpha}: expected above 0")
+
+
+# ---------------------------------------------------------------------------------------- Environment
+class Spaces(NamedTuple):
+    """The sizes and bounds of a task; `num_actions` is 0 where actions are continuous, the bounds are empty elsewhere."""
+
+    obs_shape: tuple[int, ...]
+    num_actions: int
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+
+
+def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
+    """Environments stepped together, to evaluate in.
+
+    Raises:
+        BadInput: an unknown environment, or one whose spaces this script does not handle.
+    """
+    try:
+        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", render_mode=render_mode,
+                            vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP})
+    except (gym.error.Error, ImportError, ValueError) as error:
+        raise BadInput(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
+    continuous = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
+    check(discrete or continuous,
+          f"--env-id {args.env_id}: its action space is {action_space}, expected Discrete(n) or a Box of shape (n,)")
+    check(isinstance(obs_space, gym.spaces.Box),
+          f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box")
+    return envs
+
+
+def env_spaces(args: Args) -> Spaces | None:
+    """Sizes and bounds of `--env-id`; None without one, or where it is not installed and nothing is evaluated."""
+    if args.env_id is None:
+        return None
+    try:
+        envs = make_envs(args, 1)
+    except BadInput as error:
+        if args.eval_every:
+            raise
+        print(f"warning: {error}; sizes are taken from the demonstrations", file=sys.stderr)
+        return None
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    envs.close()
+    if isinstance(action_space, gym.spaces.Discrete):
+        return Spaces(obs_space.shape, int(action_space.n), (), ())
+    return Spaces(obs_space.shape, 0, tuple(action_space.low.tolist()), tuple(action_space.high.tolist()))
+
+
+# ------------------------------------------------------------------------------------------- Networks
+class QNetwork(nn.Module):
+    """Q(s, ·): observations `[B, *obs_shape]` to `[B, num_actions]`; with `action_dim`, Q(s, a): those and actions
+    `[B, action_dim]` in [−1, 1] to `[B]`.
+
+    It holds the observation statistics, so that a saved network takes raw observations. With `q_bound` the output
+    is `q_bound·tanh(x/q_bound)`.
+    """
+
+    def __init__(self, obs_shape: tuple[int, ...], num_actions: int, action_dim: int = 0, hidden_size: int = 64,
+                 hidden_layers: int = 2, q_bound: float = 0.0):
+        super().__init__()
+        self.sizes = {"obs_shape": tuple(obs_shape), "num_actions": num_actions, "action_dim": action_dim,
+                      "hidden_size": hidden_size, "hidden_layers": hidden_layers, "q_bound": q_bound}
+        self.q_bound = q_bound
+        self.register_buffer("obs_mean", torch.zeros(obs_shape))
+        self.register_buffer("obs_std", torch.ones(obs_shape))
+        self.layers = mlp(int(np.prod(obs_shape)) + action_dim, hidden_size, hidden_layers, num_actions or 1)
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor | None = None) -> torch.Tensor:
+        x = ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10).flatten(1)
+        q = self.layers(x) if action is None else self.layers(torch.cat([x, action], 1)).squeeze(1)
+        return self.q_bound * torch.tanh(q / self.q_bound) if self.q_bound else q
+
+
+class Actor(nn.Module):
+    """π(a|s) of continuous actions: a diagonal Gaussian x through a = tanh(x), so that a is in [−1, 1].
+
+    Densities are those of a in [−1, 1], whatever the environment's units. It holds the observation statistics and the
+    action bounds, so that a saved actor needs nothing else.
+    """
+
+    def __init__(self, obs_shape: tuple[int, ...], action_low: tuple[float, ...], action_high: tuple[float, ...],
+                 hidden_size: int = 64, hidden_layers: int = 2):
+        super().__init__()
+        self.sizes = {"obs_shape": tuple(obs_shape), "action_low": tuple(action_low), "action_high": tuple(action_high),
+                      "hidden_size": hidden_size, "hidden_layers": hidden_layers}
+        low, high = torch.tensor(action_low), torch.tensor(action_high)
+        self.register_buffer("action_center", (high + low) / 2)
+        self.register_buffer("action_scale", (high - low) / 2)
+        self.register_buffer("obs_mean", torch.zeros(obs_shape))
+        self.register_buffer("obs_std", torch.ones(obs_shape))
+        self.layers = mlp(int(np.prod(obs_shape)), hidden_size, hidden_layers, 2 * len(action_low))
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log standard deviation of x, each `[B, action_dim]`."""
+        x = ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10).flatten(1)
+        mean, log_std = self.layers(x).chunk(2, dim=1)
+        return mean, -1.5 + 3.5 * torch.tanh(log_std)  # within [−5, 2]
+
+    def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """a ~ π(·|s) in [−1, 1] `[B, action_dim]`, with its gradient, and log π(a|s) `[B]`."""
+        mean, log_std = self(obs)
+        x = mean + log_std.exp() * torch.randn_like(mean)
+        return torch.tanh(x), log_density(x, mean, log_std)
+
+    def log_prob(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """log π(a|s) `[B]` of actions in [−1, 1], which are moved away from ±1, where it is infinite."""
+        return log_density(torch.atanh(action.clamp(-EDGE, EDGE)), *self(obs))
+
+    def to_unit(self, action: torch.Tensor) -> torch.Tensor:
+        """Actions in environment units to [−1, 1]."""
+        return ((action - self.action_center) / self.action_scale).clamp(-1, 1)
+
+    def to_env(self, action: torch.Tensor) -> torch.Tensor:
+        """Actions in [−1, 1] to environment units."""
+        return self.action_center + self.action_scale * action
+
+
+EDGE = 0.999  # DEVIATION: cloning and held-out likelihoods see the expert's actions no nearer to ±1
+
+
+def log_density(x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """Log density `[B]` of a = tanh(x) for x ~ N(mean, exp(log_std)²): that of x less Σ log(1 − tanh²x), stably."""
+    gaussian = -0.5 * ((x - mean) / log_std.exp()) ** 2 - log_std - 0.5 * np.log(2 * np.pi)
+    return (gaussian - 2 * (np.log(2) - x - F.softplus(-2 * x))).sum(1)
+
+
+def mlp(inputs: int, hidden_size: int, hidden_layers: int, outputs: int) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    widths = [inputs, *[hidden_size] * hidden_layers]
+    hidden = [layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(widths[-1], outputs))
+
+
+# --------------------------------------------------------------------------- Demonstrations and replay
+class Batch(NamedTuple):
+    """Transitions; the environment's reward is not among them."""
+
+    obs: torch.Tensor  # [B, *obs_shape] float32
+    action: torch.Tensor  # [B] int64, or [B, action_dim] float32 in [−1, 1]
+    next_obs: torch.Tensor  # [B, *obs_shape] float32, at an episode's end the true last observation
+    terminated: torch.Tensor  # [B] float32, 1 where the episode ended by itself, not by a time limit
+
+
+class Demonstrations(NamedTuple):
+    """The expert's transitions on the device, and what is reported of them."""
+
+    transitions: Batch
+    initial_obs: torch.Tensor  # [episodes, *obs_shape], each trajectory's first state, kept before subsampling
+    expert_return: float  # mean return of the trajectories used; NaN without rewards in the file
+    holdout: Batch | None  # transitions of the trajectories kept out
+    spaces: Spaces  # sizes and bounds
+    env_id: str  # the environment they were recorded in
+
+
+OPTIONAL = ("rewards", "num_actions", "action_low", "action_high")
+UNREADABLE = (ValueError, OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def read_npz(path: str, names: list[str] | None = None) -> dict[str, np.ndarray]:
+    """The named arrays of an .npz file (None: its keys alone); nothing else is read and nothing is ever unpickled.
+
+    Raises:
+        BadInput: no such file, not an .npz, cut off, pickled or other strange content, or a name missing.
+    """
+    check(Path(path).is_file(), f"--demos {path}: no such file")
+    check(zipfile.is_zipfile(path), f"--demos {path}: not an .npz file, or one that is cut off")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if names is None:
+                return dict.fromkeys(file.files)
+            missing = [name for name in names if name not in file.files]
+            check(not missing, f"--demos {path}: keys {missing} are missing, it has {file.files}")
+            arrays = {name: file[name] for name in names}
+    except UNREADABLE as error:
+        raise BadInput(f"--demos {path}: cannot be read as plain arrays: {' '.join(str(error).split())}") from None
+    strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    check(not strange, f"--demos {path}: {strange} hold something else than an array")
+    return arrays
+
+
+def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
+    """A Minari dataset as the arrays of the .npz format.
+
+    Raises:
+        BadInput: `minari` is not installed, or no such dataset.
+    """
+    try:
+        import minari
+    except ImportError:
+        raise BadInput(f"--demos {dataset_id}: a Minari dataset needs `pip install minari[hdf5,hf]`") from None
+    try:
+        dataset = minari.load_dataset(dataset_id, download=True)
+        episodes = list(tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc="reading", disable=None))
+    except Exception as error:  # minari raises many kinds: no such dataset, no network, a broken file
+        raise BadInput(f"--demos {dataset_id}: Minari cannot load it: {' '.join(str(error).split())}") from None
+    check(all(isinstance(e.observations, np.ndarray) for e in episodes),
+          f"--demos {dataset_id}: its observations are not plain arrays")
+    arrays = {name: np.concatenate([getattr(e, name) for e in episodes])
+              for name in ("observations", "actions", "terminations", "truncations", "rewards")}
+    env_spec = dataset.env_spec
+    return arrays | {"episode_lengths": np.array([len(e.actions) for e in episodes]),
+                     "env_id": np.array(env_spec.id if env_spec else "unknown")}
+
+
+def demonstrations_path(args: Args) -> str:
+    """`--demos`, or the bundled file beside this script. Raises BadInput if there is neither."""
+    if args.demos is not None:
+        return args.demos
+    check(args.env_id is not None, "--demos: give an .npz file or a Minari dataset id, or --env-id for a bundled one")
+    name = args.env_id.replace("/", "-")
+    path = Path(__file__).resolve().parent / "demos" / f"{name}.npz"
+    check(path.is_file(), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
+          "observations, actions, terminations, truncations, episode_lengths and env_id, or a Minari dataset id")
+    return str(path)
+
+
+def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str, np.ndarray]]:
+    """Where they came from, for messages, and the arrays of the first format whose first name is in the file, with
+    `OPTIONAL` ones if they are there beside observations. Raises BadInput (also for `dones` unexplained)."""
+    path = demonstrations_path(args)
+    where = f"--demos {path}"
+    print(f"loading demonstrations from {path}", flush=True)
+    if not path.endswith(".npz") and not Path(path).exists() and re.search(r"-v\d+$", path):
+        return where, read_minari(path)
+    keys = read_npz(path)
+    likely = max(formats, key=lambda names: len(keys.keys() & set(names)))
+    names = next((names for names in formats if names[0] in keys), likely)
+    names = names + [name for name in OPTIONAL if name in keys and "observations" in names]
+    ends = {"terminations", "truncations"}
+    if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):
+        return where, read_npz(path, names)
+    check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
+          "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
+    data = read_npz(path, [name for name in names if name not in ends] + ["dones"])
+    dones, ended = data["dones"], args.dones_are == "terminations"
+    no = np.zeros(dones.shape, bool)
+    return where, data | {"terminations": dones if ended else no, "truncations": no if ended else dones}
+
+
+def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args) -> None:
+    """Episode lengths, actions, ends and environment as the format has them. Raises BadInput."""
+    lengths, actions = data["episode_lengths"], data["actions"]
+    check(lengths.ndim == 1 and lengths.dtype.kind in "iu" and (lengths > 0).all(),
+          f"{where}: episode_lengths of {lengths.dtype} and shape {lengths.shape}, beginning {lengths.reshape(-1)[:5]}, "
+          "expected positive integers")
+    check(len(lengths) > 0, f"{where}: it holds no episodes")
+    check(actions.ndim > 0 and (lengths <= len(actions)).all(),
+          f"{where}: episode_lengths up to {lengths.max()}, and actions of shape {actions.shape}")
+    lengths = data["episode_lengths"] = lengths.astype(np.int64)
+    for name in ("actions", "terminations", "truncations", "rewards"):
+        if name in data:
+            check(data[name].shape[:1] == (lengths.sum(),), f"{where}: {name} of shape {data[name].shape}, expected "
+                  f"{lengths.sum()}, the sum of episode_lengths")
+    check(actions.dtype.kind in "iu" and actions.ndim == 1 or actions.dtype.kind == "f" and actions.ndim == 2,
+          f"{where}: actions are {actions.dtype} of shape {actions.shape}, expected int64 of shape (T,), or float32 of "
+          "shape (T, n) where they are continuous")
+    check(actions.dtype.kind != "f" or np.isfinite(actions).all(), f"{where}: actions hold NaN or infinite values")
+    for name in ("terminations", "truncations"):
+        if name in data:
+            check(data[name].ndim == 1 and data[name].dtype.kind in "biuf" and np.isin(data[name], (0, 1)).all(),
+                  f"{where}: {name} of {data[name].dtype} and shape {data[name].shape}, beginning "
+                  f"{data[name].reshape(-1)[:5]}, expected true or false")
+    if "rewards" in data:
+        check(data["rewards"].ndim == 1 and data["rewards"].dtype.kind in "biuf",
+              f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected numbers")
+    recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else "unknown"
+    data["env_id"] = recorded
+    if args.env_id is not None:
+        check(env_name(recorded) in (env_name(args.env_id), "unknown"),
+              f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
+        if recorded != args.env_id:
+            print(f"warning: demonstrations of {recorded} are used for {args.env_id}", file=sys.stderr)
+    check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes")
+
+
+def choose_transitions(args: Args, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`--num-demos` episodes drawn by the seed, and every `--subsample-freq`-th transition of each, from a random
+    offset (a short episode keeps at least one).
+
+    Returns:
+        The episodes `[E]`, and for each transition `[N]` its episode's place among them and its time.
+    """
+    rng = np.random.default_rng(args.seed)
+    chosen = rng.permutation(len(lengths))[: args.num_demos or len(lengths)]
+    times = [np.arange(rng.integers(min(args.subsample_freq, length)), length, args.subsample_freq)
+             for length in lengths[chosen]]
+    return chosen, np.repeat(np.arange(len(chosen)), [len(t) for t in times]), np.concatenate(times)
+
+
+def find_spaces(where: str, data: dict[str, np.ndarray], spaces: Spaces | None) -> Spaces:
+    """Sizes and bounds of the environment, else of the file, else of the data; checked against the actions.
+
+    Raises:
+        BadInput: actions or observations that do not fit, or sizes or bounds in the file that are none.
+    """
+    actions, obs_shape = data["actions"], data["observations"].shape[1:]
+    if spaces is not None:
+        check(obs_shape == tuple(spaces.obs_shape),
+              f"{where}: an observation has shape {obs_shape}, one of --env-id has {tuple(spaces.obs_shape)}")
+        found, expected = actions.dtype.kind == "f", spaces.num_actions == 0
+        check(found == expected, f"{where}: actions are {actions.dtype}, "
+              f"and the actions of --env-id are {'continuous' if expected else 'discrete'}")
+    if actions.dtype.kind != "f":
+        count = data.get("num_actions", actions.max() + 1)
+        check(np.shape(count) == () and np.asarray(count).dtype.kind in "iu" and count > 0,
+              f"{where}: num_actions of {np.asarray(count).dtype} and shape {np.shape(count)}, expected a whole number")
+        count = spaces.num_actions if spaces else int(count)
+        check((actions >= 0).all() and (actions < count).all(),
+              f"{where}: actions from {actions.min()} to {actions.max()}, expected 0 to {count - 1}")
+        return Spaces(obs_shape, count, (), ())
+    dim = actions.shape[1]
+    bounds = [data.get(name) for name in ("action_low", "action_high")]
+    for bound in bounds:
+        check(bound is None or bound.shape == (dim,) and bound.dtype.kind in "iuf" and not np.isnan(bound).any(),
+              f"{where}: action_low and action_high, expected {dim} numbers each")
+    if spaces is not None:
+        check(len(spaces.action_low) == dim,
+              f"{where}: actions of {dim} dimensions, those of --env-id have {len(spaces.action_low)}")
+        for own, bound in zip(spaces[2:], bounds):
+            check(bound is None or np.allclose(own, bound),
+                  f"{where}: recorded with action bounds {bound}, those of --env-id are {own}")
+        bounds = list(map(np.array, spaces[2:]))
+    low, high = (np.full(dim, sign * np.inf) if bound is None else bound for sign, bound in zip((-1, 1), bounds))
+    unknown = ~(np.isfinite(low) & np.isfinite(high))
+    if unknown.any():
+        print(f"warning: no bounds of action dimensions {np.flatnonzero(unknown).tolist()} are known, so they are taken "
+              "from the demonstrations' extremes", file=sys.stderr)
+        low, high = np.where(unknown, actions.min(0), low), np.where(unknown, actions.max(0), high)
+        low, high = np.where(unknown & (low == high), low - 1, low), np.where(unknown & (low == high), high + 1, high)
+    check((low < high).all(), f"{where}: action_low {low} and action_high {high}, expected low below high")
+    beyond = ((actions < low - 1e-6) | (actions > high + 1e-6)).any(1)
+    if beyond.any():
+        print(f"warning: {beyond.sum()} of {len(actions)} actions lie beyond the bounds, by up to "
+              f"{np.maximum(low - actions, actions - high).max():.3g}, and are clipped", file=sys.stderr)
+    return Spaces(obs_shape, 0, tuple(map(float, low)), tuple(map(float, high)))
+
+
+def load_demonstrations(args: Args, spaces: Spaces | None, device) -> Demonstrations:
+    """The drawn trajectories' transitions, checked and on the device; `spaces` of the environment, if there is one.
+
+    Raises:
+        BadInput: whatever is wrong with the file, in the fields that are read.
+    """
+    names = ["observations", "actions", "terminations", "truncations", "episode_lengths", "env_id"]
+    where, data = read_demonstrations(args, names)
+    check_demonstrations(where, data, args)
+    obs, lengths = data["observations"], data["episode_lengths"]
+    check(obs.dtype.kind == "f" and obs.ndim > 1, f"{where}: observations are {obs.dtype} of shape {obs.shape}, expected "
+          "float32 of shape (N, ...)")
+    check(len(obs) == (lengths + 1).sum(), f"{where}: {len(obs)} observations, expected {(lengths + 1).sum()}, one "
+          "more than its length for each episode")
+    with np.errstate(over="ignore"):
+        obs = obs.astype(np.float32)
+    check(np.isfinite(obs).all(), f"{where}: observations hold NaN or infinite values")
+    spaces = find_spaces(where, data, spaces)
+
+    chosen, place, t = choose_transitions(args, lengths)
+    kept_out = int(np.ceil(args.holdout * len(chosen)))
+    check(kept_out < len(chosen), f"--holdout {args.holdout}: it keeps out whole episodes, {kept_out} of {len(chosen)}, "
+          "and none would be left")
+    train, held = place < len(chosen) - kept_out, place >= len(chosen) - kept_out
+    used = chosen[: len(chosen) - kept_out]
+    first_action = (np.cumsum(lengths) - lengths)[chosen]
+    first_obs = first_action + chosen  # an episode has one observation more than actions
+    row, step = first_obs[place] + t, first_action[place] + t
+    returns = np.nan
+    if "rewards" in data:
+        returns = [data["rewards"][i : i + length].sum() for i, length in zip(first_action, lengths[used])]
+
+    def tensor(x, dtype=torch.float32):
+        return torch.as_tensor(x, dtype=dtype, device=device)
+
+    if spaces.num_actions:
+        actions = tensor(data["actions"][step].astype(np.int64), torch.int64)
+        if len(np.unique(data["actions"][step[train]])) == 1:
+            print(f"warning: {where}: the transitions used hold action {actions[0]} alone", file=sys.stderr)
+    else:
+        low, high = map(np.array, spaces[2:])
+        actions = tensor((2 * (data["actions"][step] - low) / (high - low) - 1).clip(-1, 1))
+    rows = Batch(tensor(obs[row]), actions, tensor(obs[row + 1]), tensor(data["terminations"][step].astype(np.float32)))
+    print(f"loaded {len(used)} of {len(lengths)} episodes, {train.sum()} of their {lengths[used].sum()} transitions, "
+          f"{kept_out} episodes kept out, expert return {np.mean(returns):.1f} ± {np.std(returns):.1f}, device {device}",
+          flush=True)
+    transitions, kept = (Batch(*(field[tensor(mask, torch.bool)] for field in rows)) for mask in (train, held))
+    return Demonstrations(transitions, tensor(obs[first_obs[: len(used)]]), float(np.mean(returns)),
+                          kept if kept_out else None, spaces, data["env_id"])
+
+
+def draw(demos: Demonstrations, n: int) -> Batch:
+    """`n` transitions drawn with replacement, on their device."""
+    action = demos.transitions.action
+    index = torch.randint(len(action), (n,), device=action.device)
+    return Batch(*(field[index] for field in demos.transitions))
+
+
+# --------------------------------------------------------------------------------------- IQ objective
+def soft_value(q: torch.Tensor, temperature: float) -> torch.Tensor:
+    """V(s) = τ·logsumexp_a(Q(s,a)/τ) `[B]` of Q(s,·) `[B, A]`; at τ = 0 the maximum (paper, §3 and Eq. 10)."""
+    if temperature == 0:
+        return q.max(dim=-1).values
+    return temperature * torch.logsumexp(q / temperature, dim=-1)
+
+
+def q_value(network, actor, obs, action) -> torch.Tensor:
+    """Q(s,a) `[B]`."""
+    return network(obs, action) if actor else network(obs).gather(1, action[:, None]).squeeze(1)
+
+
+def state_value(network, actor, obs, temperature: float) -> torch.Tensor:
+    """V(s) `[B]`: the soft value of Q(s,·), or with an actor Q(s,ã) − τ·log π(ã|s) of one fresh ã ~ π(·|s).
+
+    Its gradient goes to the critic, never to the actor.
+    """
+    if actor is None:
+        return soft_value(network(obs), temperature)
+    with torch.no_grad():
+        fresh, log_prob = actor.sample(obs)
+    return network(obs, fresh) - temperature * log_prob
+
+
+def implied_reward(network, actor, obs, action, next_obs, terminated, gamma: float, temperature: float):
+    """The reward that Q implies, r = Q(s,a) − γ(1−d)·V(s') (Eq. 11), `[B]`; actions as the environment takes them."""
+    q = q_value(network, actor, obs, actor.to_unit(action) if actor else action)
+    return q - gamma * (1 - terminated) * state_value(network, actor, next_obs, temperature)
+
+
+def phi(divergence: str, r: torch.Tensor) -> torch.Tensor:
+    """The concave φ(r) = −f*(−r) of a statistical distance (§4 and appendix B), elementwise.
+
+    Outside its domain φ goes on along its tangent at a margin inside, since a clamp would leave a row without
+    gradient. For chi2 this is the linear part: −r²/(4α) is the loss's term of its own.
+    DEVIATION: forward_kl has its tangent below 0.01 instead of a parametrisation that keeps r positive.
+    """
+    if divergence in ("chi2", "tv", "w1"):
+        return r
+    function, derivative, margin = {
+        "kl": (lambda x: 1 - torch.exp(-x), lambda x: np.exp(-x), -5.0),  # KL(policy‖expert); all r, but explodes
+        "forward_kl": (lambda x: 1 + torch.log(x), lambda x: 1 / x, 0.01),  # KL(expert‖policy); r > 0
+        "hellinger": (lambda x: x / (1 + x), lambda x: (1 + x) ** -2, -0.9),  # r > −1, beyond it is convex
+        "js": (lambda x: torch.log(2 - torch.exp(-x)), lambda x: 1 / (2 * np.exp(x) - 1), -0.6),  # r > −log 2
+    }[divergence]
+    inside = r.clamp(min=margin)
+    return function(inside) + derivative(margin) * (r - inside)
+
+
+def iq_loss(network, target, actor, batch: Batch, initial_obs: torch.Tensor, args: Args):
+    """The IQ-Learn loss on expert rows, to be minimised: −E[φ(r)] + value term (+ E[r²]/(4α)), Eq. 9 to 12.
+
+    Args:
+        actor: None where actions are discrete.
+        batch: `[B]` rows of the expert.
+        initial_obs: `[M, *obs_shape]` states where episodes start, for `--value-loss v0`.
+
+    Returns:
+        The loss and its terms, scalar tensors.
+    """
+    obs, action, next_obs, terminated = batch
+    γ, τ = args.gamma, args.temperature
+    assert obs.shape == next_obs.shape and len(action) == len(obs) and terminated.shape == (len(obs),)
+    if actor is None and target is None:  # one pass for s and s'; V(s') carries gradient, as the paper has it offline
+        q, next_q = network(torch.cat([obs, next_obs])).chunk(2)
+        Q, V, next_V = q.gather(1, action[:, None]).squeeze(1), soft_value(q, τ), soft_value(next_q, τ)
+    else:
+        Q, V = q_value(network, actor, obs, action), state_value(network, actor, obs, τ)
+        with torch.set_grad_enabled(target is None):  # with a target network V(s') carries none
+            next_V = state_value(target or network, actor, next_obs, τ)
+    next_V = (1 - terminated) * next_V
+    # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to Eq. 9 where dynamics are random.
+    r = Q - γ * next_V
+
+    terms = {}
+    if args.value_loss == "value_expert" and args.divergence in ("chi2", "tv", "w1"):
+        terms["cloning_term"] = (V - Q).mean()  # Eq. 12: where φ is linear, γV(s') cancels in the two terms below
+    else:
+        terms["expert_term"] = -phi(args.divergence, r).mean()
+        if args.value_loss == "value_expert":  # telescoped over the expert's occupancy, §5.1
+            terms["value_term"] = (V - γ * next_V).mean()
+        elif args.value_loss == "v0":  # not telescoped: (1 − γ)·E_ρ0[V(s0)]
+            terms["value_term"] = (1 - γ) * state_value(network, actor, initial_obs, τ).mean()
+        else:  # v0_expert
+            terms["value_term"] = (1 - γ) * V.mean()
+    α = args.chi2_alpha or (0.5 if args.divergence == "chi2" else None)
+    if α:
+        terms["chi2_term"] = (r**2).mean() / (4 * α)
+    if args.divergence == "w1":
+        terms["gradient_penalty"] = args.gradient_penalty * gradient_penalty(network, actor, batch)
+    loss = sum(terms.values())
+    return loss, {"loss": loss, **terms, "value": V.mean(), "reward_expert": r.mean()}
+
+
+def actor_loss(network, actor, batch: Batch, args: Args):
+    """E[τ·log π(ã|s) − Q(s,ã)] on expert states, to be minimised: §4.4 and Algorithm 1 print the opposite sign.
+
+    DEVIATION: `--cloning-weight` adds −log π(a|s) of the expert's actions. Nothing bounds Q(s,ã) off the data, and
+    an actor that leaves the data has nothing else that brings it back.
+    """
+    fresh, log_prob = actor.sample(batch.obs)
+    terms = {"actor_entropy_term": args.temperature * log_prob.mean(), "actor_q_term": -network(batch.obs, fresh).mean()}
+    if args.cloning_weight:
+        terms["actor_cloning_term"] = -args.cloning_weight * actor.log_prob(batch.obs, batch.action).mean()
+    return sum(terms.values()), terms
+
+
+def gradient_penalty(network, actor, batch: Batch) -> torch.Tensor:
+    """E[(‖∇Q‖ − 1)²] on interpolates of pairs of expert rows.
+
+    DEVIATION: the 1-Lipschitz constraint of Table 2 is on r, this penalty acts on Q. The action of an interpolate is
+    the same mixture of the two actions; of two one-hot ones, so that Q there is that mixture of two outputs.
+    """
+    obs, action = batch.obs, batch.action
+    other_obs, other_action = obs.roll(1, 0), action.roll(1, 0)
+    mix = torch.rand(len(obs), device=obs.device)
+    mix_obs = mix.view(-1, *[1] * (obs.dim() - 1))
+    between = [(mix_obs * obs + (1 - mix_obs) * other_obs).requires_grad_()]
+    if actor is None:
+        q = network(between[0])
+        q = mix * q.gather(1, action[:, None]).squeeze(1) + (1 - mix) * q.gather(1, other_action[:, None]).squeeze(1)
+    else:
+        between.append((mix[:, None] * action + (1 - mix[:, None]) * other_action).requires_grad_())
+        q = network(*between)
+    gradients = torch.autograd.grad(q.sum(), between, create_graph=True)
+    return ((torch.cat([g.flatten(1) for g in gradients], 1).norm(dim=1) - 1) ** 2).mean()
+
+
+def log_policy(network, actor, obs, action, temperature: float) -> torch.Tensor:
+    """log π(a|s) `[B]` of softmax(Q(s,·)/τ), or of the actor."""
+    if actor:
+        return actor.log_prob(obs, action)
+    return F.log_softmax(network(obs) / max(temperature, 1e-6), 1).gather(1, action[:, None]).squeeze(1)
+
+
+def bc_loss(network, actor, batch: Batch):
+    """Behavioural cloning, the baseline: −log π(a|s) of softmax(Q) or of the actor, at the expert's actions."""
+    loss = -log_policy(network, actor, batch.obs, batch.action, 1.0).mean()
+    return loss, {"loss": loss}
+
+
+def act(network, actor, obs: torch.Tensor) -> torch.Tensor:
+    """The greedy action, as the environment takes it: argmax_a Q(s,a) `[B]`, or the actor's mode `[B, action_dim]`."""
+    return actor.to_env(torch.tanh(actor(obs)[0])) if actor else network(obs).argmax(1)
+
+
+# ------------------------------------------------------------------------------------------- Evaluate
+def evaluate(network, actor, args: Args, device, stop: "StopSignal | None" = None, frames: list | None = None):
+    """Returns of `--eval-episodes` whole episodes of the greedy policy, on environments of its own.
+
+    One episode from each of as many environments, so that none is dropped for its length; `network` None plays
+    uniformly random actions. RGB frames of the first episode are appended to `frames`.
+
+    Returns:
+        float64 `[episodes]` in the environment's own reward, or None when a signal stopped it.
+    """
+    n = args.eval_episodes
+    envs = make_envs(args, n, "rgb_array" if frames is not None else None)
+    seed = 100_000 + 1_000 * args.seed if network is not None else 0  # far from those of demonstrations
+    obs, _ = envs.reset(seed=seed)
+    envs.action_space.seed(seed)
+    returns, running = np.zeros(n), np.ones(n, bool)
+    while running.any() and not (stop and stop.signum):
+        if frames is not None and running[0]:
+            frames.append(envs.envs[0].render())
+        if network is None:
+            action = envs.action_space.sample()
+        else:
+            with torch.no_grad():
+                action = act(network, actor, torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        returns += np.where(running, reward, 0)
+        running &= ~(terminated | truncated)
+    envs.close()
+    return None if running.any() else returns
+
+
+def random_return(args: Args) -> float:
+    """Mean return of random actions: from the table, else 20 episodes played now."""
+    name = env_name(args.env_id)
+    if name in RANDOM_RETURN:
+        return RANDOM_RETURN[name]
+    return float(evaluate(None, None, replace(args, eval_episodes=20), "cpu").mean())
+
+
+@torch.no_grad()
+def holdout_terms(network, actor, batch: Batch, temperature: float) -> dict[str, torch.Tensor]:
+    """Of trajectories kept out: mean log π(a|s), and the share of actions that the greedy policy has too (continuous:
+    the root mean square of its difference, in [−1, 1])."""
+    terms = {"holdout_log_likelihood": log_policy(network, actor, batch.obs, batch.action, temperature).mean()}
+    if actor:
+        error = torch.tanh(actor(batch.obs)[0]) - batch.action
+        return terms | {"holdout_error": error.square().mean().sqrt()}
+    return terms | {"holdout_accuracy": (network(batch.obs).argmax(1) == batch.action).float().mean()}
+
+
+def write_video(frames: list, fps: int, path: Path) -> None:
+    """Write RGB frames `[H, W, 3]` uint8 as an mp4 file."""
+    from moviepy import ImageSequenceClip
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ImageSequenceClip(list(frames), fps=fps).write_videofile(str(path), logger=None)
+
+
+def final_line(returns, expert: float, random: float, steps: int, updates: int, seconds: float, run_dir) -> str:
+    """The last line on stdout; `normalized` is 0 for a random policy and 1 for the demonstrations' mean return."""
+    mean, std, n = (returns.mean(), returns.std(), len(returns)) if returns is not None else (np.nan, np.nan, 0)
+    normalized = (mean - random) / (expert - random) if expert != random else np.nan
+    return (f"final eval_return={mean:.4f} std={std:.4f} episodes={n} expert={expert:.4f} random={random:.4f} "
+            f"normalized={normalized:.4f} steps={steps} updates={updates} seconds={seconds:.1f} run_dir={run_dir}")
+
+
+def load_model(path: str, device="cpu") -> tuple[QNetwork, Actor | None, dict]:
+    """The network of a model.pt, its actor (None where actions are discrete), ready to act, and what was saved with
+    them (γ, temperature, environment, ...).
+
+    Raises:
+        BadInput: no such file, or not a model of this script.
+    """
+    check(Path(path).is_file(), f"{path}: no such file")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py, which plays it")
+        network, actor = QNetwork(**saved["sizes"]).to(device), None
+        network.load_state_dict(saved["network"])
+        if saved["actor"] is not None:
+            actor = Actor(**saved["actor_sizes"]).to(device)
+            actor.load_state_dict(saved["actor"])
+    except (*UNREADABLE, LookupError, TypeError, pickle.UnpicklingError) as error:
+        raise BadInput(f"{path}: not a model of {SCRIPT}.py ({type(error).__name__})") from None
+    return network, actor, saved
+
+
+# ---------------------------------------------------------------------------------------------- Train
+class StopSignal:
+    """Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two updates; a second one
+    acts at once."""
+
+    def __enter__(self):
+        self.signum = 0
+        self.previous = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
+
+    def receive(self, signum, _frame):
+        self.signum = signum
+        self.__exit__()
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    """torch.save that leaves the old file or the new one, whenever the process is killed."""
+    torch.save(content, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+class Metrics:
+    """metrics.csv, rewritten whole at each row, and Weights & Biases with `--track`."""
+
+    def __init__(self, run_dir: Path, args: Args, step: int, updates: int, seconds: float):
+        self.path, self.rows, self.wandb = run_dir / "metrics.csv", [], None
+        self.first_step, self.first_updates, self.first_time = step, updates, time.time()
+        self.start = self.first_time - seconds
+        if args.resume and self.path.exists():  # rows after the checkpoint are dropped, to be written anew
+            with open(self.path) as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["updates"]) <= updates]
+        if args.track:
+            import wandb
+
+            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
+                                    name=run_dir.name, dir=run_dir)
+
+    def log(self, step: int, updates: int, returns: np.ndarray | None, terms: dict[str, torch.Tensor]) -> None:
+        mean, std = (returns.mean(), returns.std()) if returns is not None else (np.nan, np.nan)
+        now = time.time()
+        count, first = (step, self.first_step) if step else (updates, self.first_updates)  # before play: updates
+        row = {"step": step, "updates": updates, "eval_return_mean": round(float(mean), 4),
+               "eval_return_std": round(float(std), 4),
+               "steps_per_second": round((count - first) / (now - self.first_time), 1),
+               "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in terms.items()}
+        self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
+        names = dict.fromkeys(name for r in self.rows for name in r)
+        with open(self.path, "w", newline="") as file:
+            writer = csv.DictWriter(file, names, restval="nan")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        if self.wandb:
+            self.wandb.log(row, step=updates)
+
+    def close(self, video: Path | None) -> None:
+        if self.wandb:
+            if video:  # gymnasium no longer uploads videos by itself
+                import wandb
+
+                self.wandb.log({"video": wandb.Video(str(video))})
+            self.wandb.finish()
+
+
+def make_update(network, target, actor, average, optimizer, actor_optimizer, args: Args):
+    """One gradient step as a function of tensors alone: the compile boundary."""
+    pairs = [(rate, list(of.parameters()), list(source.parameters())) for of, source, rate in
+             ((target, network, args.target_rate), (average, actor or network, args.average_rate)) if of is not None]
+
+    def step(optimizer, loss):
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    def update(batch: Batch, initial_obs: torch.Tensor) -> dict[str, torch.Tensor]:
+        if args.objective == "bc":
+            loss, terms = bc_loss(network, actor, batch)
+            step(actor_optimizer or optimizer, loss)
+        else:
+            loss, terms = iq_loss(network, target, actor, batch, initial_obs, args)
+            step(optimizer, loss)  # it also drops the gradient that the actor's loss left on the critic
+            if actor:
+                loss, actor_terms = actor_loss(network, actor, batch, args)
+                step(actor_optimizer, loss)
+                terms |= actor_terms
+        with torch.no_grad():
+            for rate, of, parameters in pairs:
+                torch._foreach_lerp_(of, parameters, rate)
+        return {name: term.detach() for name, term in terms.items()}
+
+    return torch.compile(update) if args.compile else update
+
+
+def train(args: Args) -> Path:
+    """Train from demonstrations alone; returns the run directory.
+
+    Raises:
+        BadInput: before anything is written.
+        SystemExit: 1 when training became non-finite, 130 or 143 when a signal stopped it.
+    """
+    validate(args)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    demos = load_demonstrations(args, env_spaces(args), device)
+    obs_shape, num_actions, action_low, action_high = demos.spaces
+    evaluated = args.env_id is not None and args.eval_every > 0
+
+    q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
+    size = (args.hidden_size, args.hidden_layers)
+    network = QNetwork(obs_shape, num_actions, len(action_low), *size, q_bound).to(device)
+    actor = None if num_actions else Actor(obs_shape, action_low, action_high, *size).to(device)
+    if args.standardize_obs:
+        for module in filter(None, (network, actor)):
+            module.obs_mean.copy_(demos.transitions.obs.mean(0))
+            module.obs_std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant dimensions
+    # With continuous actions V(s') of a target network without gradient, as the paper has it there.
+    args = replace(args, target_rate=args.target_rate if args.target_rate is not None else 0.0 if num_actions else 0.005)
+    target = deepcopy(network) if args.target_rate else None
+    average = deepcopy(actor or network) if args.average_rate else None  # DEVIATION: the paper has the last iterate
+    policy = average or actor or network  # what is evaluated and saved
+    saved_network, saved_actor = (network, policy) if actor else (policy, None)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate if num_actions else args.critic_lr,
+                                  weight_decay=args.weight_decay, fused=True)
+    actor_optimizer = torch.optim.AdamW(actor.parameters(), lr=args.actor_lr, weight_decay=args.weight_decay,
+                                        fused=True) if actor else None
+    temperature = 1.0 if args.objective == "bc" else args.temperature  # of the policy that is learned
+    n, total = args.batch_size, args.total_updates
+    update = make_update(network, target, actor, average, optimizer, actor_optimizer, args)
+
+    state = {"network": network, "target": target, "actor": actor, "average": average, "optimizer": optimizer,
+             "actor_optimizer": actor_optimizer}
+    state = {name: part for name, part in state.items() if part is not None}
+    name = args.run_name or f"{(args.env_id or demos.env_id).replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.out_dir) / name
+    updates, seconds = 0, 0.0
+    if args.resume:
+        try:
+            stored = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
+            for name, part in state.items():
+                part.load_state_dict(stored[name])
+            torch.set_rng_state(stored["rng"].cpu())
+            updates, seconds = stored["updates"], stored["seconds"]
+        except (*UNREADABLE, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+            raise BadInput(f"--resume {run_dir}: its checkpoint.pt is not one of this run "
+                           f"({type(error).__name__})") from None
+    else:
+        check(not run_dir.exists(), f"--run-name: {run_dir} exists already; take another name, or --resume {run_dir}")
+        try:
+            run_dir.mkdir(parents=True)
+        except OSError as error:
+            raise BadInput(f"--out-dir {args.out_dir}: {error}") from None
+        shutil.copy(__file__, run_dir)
+    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+    metrics = Metrics(run_dir, args, 0, updates, seconds)
+    random = random_return(args) if evaluated else np.nan
+    every = args.eval_every or max(1, total // 20)  # updates between rows of metrics.csv
+    terms, returns, frames = {}, None, [] if args.capture_video else None
+
+    def report(frames=None):
+        """Evaluate and write a row; nothing when a signal comes meanwhile."""
+        nonlocal returns
+        check_finite()
+        returns = evaluate(saved_network, saved_actor, args, device, stop, frames) if evaluated else None
+        if stop.signum:
+            return
+        held = holdout_terms(saved_network, saved_actor, demos.holdout, temperature) if demos.holdout else {}
+        metrics.log(0, updates, returns, terms | held)
+        shown = {name: float(term) for name, term in terms.items() if name == "loss"}
+        shown |= {name: float(term) for name, term in held.items()}
+        shown |= {"eval_return": returns.mean(), "sd": returns.std()} if returns is not None else {}
+        bar.write(f"update {updates}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+
+    def check_finite():
+        if not all(np.isfinite(float(term)) for term in terms.values()):
+            print(f"{SCRIPT}.py: the loss is not finite after {updates} updates; a smaller --learning-rate (continuous "
+                  "actions: --critic-lr and --actor-lr) or a larger --temperature helps; the last checkpoint in "
+                  f"{run_dir}, if any, is kept", file=sys.stderr)
+            raise SystemExit(1)
+
+    def save():
+        check_finite()
+        save_atomically({name: part.state_dict() for name, part in state.items()} |
+                        {"rng": torch.get_rng_state(), "step": 0, "updates": updates,
+                         "seconds": time.time() - metrics.start}, run_dir / "checkpoint.pt")
+
+    bar = tqdm(total=total, initial=updates, unit="update", disable=None, desc=f"{args.objective} {demos.env_id}")
+    with StopSignal() as stop, bar:
+        while not stop.signum and updates < total:
+            initial = demos.initial_obs
+            if args.value_loss == "v0":
+                initial = initial[torch.randint(len(initial), (n,), device=device)]
+            terms = update(draw(demos, n), initial)
+            updates += 1
+            bar.update()
+            if updates % every == 0 and updates < total:
+                report()
+            if args.checkpoint_every and updates % args.checkpoint_every == 0:
+                save()
+        if not stop.signum:
+            report(frames)
+        save()
+    if args.save_model:
+        save_atomically({"script": SCRIPT, "env_id": args.env_id or demos.env_id, "network": saved_network.state_dict(),
+                         "sizes": network.sizes, "actor": saved_actor and saved_actor.state_dict(),
+                         "actor_sizes": actor and actor.sizes, "temperature": temperature, "gamma": args.gamma,
+                         "args": asdict(args), "expert_return": demos.expert_return, "random_return": random},
+                        run_dir / "model.pt")
+    if frames:
+        write_video(frames, 30, run_dir / "videos" / f"update_{updates}.mp4")
+    metrics.close(run_dir / "videos" / f"update_{updates}.mp4" if frames else None)
+    if stop.signum:
+        print(f"stopped at update {updates}; to continue: python {SCRIPT}.py --resume {run_dir}", flush=True)
+        raise SystemExit(128 + stop.signum)
+    if not evaluated and args.save_model:
+        print(f"not evaluated; where the environment is installed: python {SCRIPT}.py --evaluate {run_dir / 'model.pt'} "
+              f"--env-id {args.env_id or demos.env_id}")
+    seconds = time.time() - metrics.start
+    print(final_line(returns, demos.expert_return, random, 0, updates, seconds, run_dir), flush=True)
+    return run_dir
+
+
+def play(args: Args) -> None:
+    """Evaluate a saved model in `--env-id`, or in the environment of its demonstrations, and print the final line."""
+    _, _, saved = load_model(args.evaluate)
+    args = replace(args, env_id=args.env_id or saved["env_id"])
+    validate(args)
+    check(env_name(args.env_id) == env_name(saved["env_id"]) or saved["env_id"] == "unknown",
+          f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    network, actor, _ = load_model(args.evaluate, device)
+    spaces, own = env_spaces(args), (tuple(network.sizes["obs_shape"]), network.sizes["num_actions"],
+                                     network.sizes["action_dim"])
+    check((spaces.obs_shape, spaces.num_actions, len(spaces.action_low)) == own,
+          f"--evaluate {args.evaluate}: observations, actions and action dimensions {own}, {args.env_id} has "
+          f"{(spaces.obs_shape, spaces.num_actions, len(spaces.action_low))}")
+    start, frames, run_dir = time.time(), [] if args.capture_video else None, Path(args.evaluate).resolve().parent
+    returns = evaluate(network, actor, args, device, None, frames)
+    random = saved["random_return"] if np.isfinite(saved["random_return"]) else random_return(args)
+    if frames:
+        write_video(frames, 30, run_dir / "videos" / "evaluate.mp4")
+    print(final_line(returns, saved["expert_return"], random, 0, 0, time.time() - start, run_dir))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        args = parse_args(argv)
+        play(args) if args.evaluate else train(args)
+    except BadInput as error:
+        print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Figure 2 of the paper: offline, returns against the number of trajectories; last score, 5 seeds.
+
+    python reproduce/figure2_offline.py
+
+Writes figure2_offline.csv, a row for each run, figure2_offline.md, the table, and figure2_offline.png. A second call
+goes on where the first was stopped. Seeds 101 to 105 were not tuned on.
+"""
+from pathlib import Path
+
+import numpy as np
+import tyro
+from common import mean_sd, run_all
+
+FOLDER = Path(__file__).resolve().parent
+SEEDS = range(101, 106)
+NUMBERS = (1, 3, 7, 10, 15)
+TASKS = {"CartPole": ("CartPole-v1", 20), "Acrobot": ("Acrobot-v1", 5), "LunarLander": ("LunarLander-v3", 5)}
+METHODS = {"chi2": "", "w1": "--divergence w1", "bc": "--objective bc"}
+NAMES = {"chi2": "IQ-Learn, χ²", "w1": "IQ-Learn, W1", "bc": "cloning"}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: one line for each task and number of trajectories of which all runs are there."""
+    lines = ["| task | trajectories | IQ-Learn, χ² | IQ-Learn, W1 | cloning | expert | random | updates |",
+             "|---|---|---|---|---|---|---|---|"]
+    for task in TASKS:
+        for n in NUMBERS:
+            own = {method: [r for r in rows if (r["task"], r["demos"], r["method"]) == (task, str(n), method)]
+                   for method in METHODS}
+            if all(len(runs) == len(SEEDS) for runs in own.values()):
+                scores = " | ".join(mean_sd(runs, "eval_return") for runs in own.values())
+                lines.append(f"| {task} | {n} | {scores} | {mean_sd(own['chi2'], 'expert')} | {own['chi2'][0]['random']} | "
+                             f"{own['chi2'][0]['updates']} |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    """Three panels: mean over seeds, one standard deviation shaded, expert and random lines."""
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, len(TASKS), figsize=(4 * len(TASKS), 3.2))
+    for axis, (task, (env_id, k)) in zip(axes, TASKS.items()):
+        for method in METHODS:
+            points = []
+            for n in NUMBERS:
+                returns = [float(r["eval_return"]) for r in rows
+                           if (r["task"], r["demos"], r["method"]) == (task, str(n), method)]
+                points += [(n, np.mean(returns), np.std(returns))] if returns else []
+            if points:
+                n, mean, sd = map(np.array, zip(*points))
+                axis.plot(n, mean, marker="o", label=NAMES[method])
+                axis.fill_between(n, mean - sd, mean + sd, alpha=0.2)
+        own = [r for r in rows if r["task"] == task]
+        if own:
+            axis.axhline(np.mean([float(r["expert"]) for r in own]), color="black", linestyle="--", label="expert")
+            axis.axhline(float(own[0]["random"]), color="grey", linestyle=":", label="random")
+        axis.set(title=f"{env_id}, 1 in {k}", xlabel="trajectories", xticks=NUMBERS)
+    axes[0].set_ylabel("return, last score, 5 seeds")
+    axes[0].legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+
+
+def main(cores: tuple[int, ...] = (0, 1), only: str = ""):
+    """Run what is missing; `cores` names the cores to run on; `only` keeps the tasks whose name contains it."""
+    jobs = []
+    for n in NUMBERS:
+        for task, (env_id, k) in TASKS.items():
+            for method, more in METHODS.items():
+                for seed in SEEDS:
+                    if only in task:
+                        command = (f"iq_offline.py --env-id {env_id} --subsample-freq {k} --num-demos {n} --seed {seed} "
+                                   f"--eval-every 1000000 --eval-episodes 20 {more}").strip()
+                        name = f"figure2_{task}_{n}_{method}_{seed}"
+                        jobs.append(({"task": task, "demos": n, "method": method, "seed": seed},
+                                     f"{command} --run-name {name}"))
+    rows = run_all(jobs, FOLDER / "figure2_offline.csv", cores=cores)
+    (FOLDER / "figure2_offline.md").write_text(table(rows))
+    figure(rows, FOLDER / "figure2_offline.png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

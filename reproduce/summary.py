@@ -1,0 +1,63 @@
+"""The README's table of results, made from the csv files beside this script: `python reproduce/summary.py` prints it."""
+from pathlib import Path
+
+import numpy as np
+from common import read_rows
+
+FOLDER = Path(__file__).resolve().parent
+ATARI, DISCRETE = "`python iq_atari.py", "`python iq_discrete.py"
+OFFLINE, CONTINUOUS, ILO = "`python iq_offline.py", "`python iq_continuous.py", "`python iq_ilo.py"
+
+# setting, csv file, what its IQ-Learn rows have, what its cloning rows have, the paper's number (its expert), command
+ENTRIES = [
+    ("Pong, 20 games", "pong", {"method": "iq"}, {"method": "bc"}, "12 to 15 (21)", f"{ATARI}`"),
+    ("CartPole, 10 trajectories, 1 in 20", "discrete", {"task": "CartPole, 1 in 20", "demos": "10", "method": "iq"},
+     {"method": "bc"}, "500 (500)", f"{DISCRETE} --subsample-freq 20`"),
+    ("Acrobot, 10", "discrete", {"task": "Acrobot", "demos": "10", "method": "iq"}, {"method": "bc"}, "−75 (−75)",
+     f"{DISCRETE} --env-id Acrobot-v1`"),
+    ("LunarLander, 10", "discrete", {"task": "LunarLander", "demos": "10", "method": "iq"}, {"method": "bc"}, "283 (278)",
+     f"{DISCRETE} --env-id LunarLander-v3`"),
+    ("HalfCheetah, 1", "table3_mujoco", {"task": "HalfCheetah-v5", "method": "iq"}, {"method": "bc"}, "5077 (5098)",
+     f"{CONTINUOUS}`"),
+    ("Hopper, 1", "table3_mujoco", {"task": "Hopper-v5", "method": "iq"}, {"method": "bc"}, "3546 (3533)",
+     f"{CONTINUOUS} --env-id Hopper-v5`"),
+    ("offline CartPole, 1, 1 in 20", "figure2_offline", {"task": "CartPole", "demos": "1", "method": "chi2"},
+     {"method": "bc"}, "460 (500)", f"{OFFLINE} --env-id CartPole-v1 --num-demos 1 --subsample-freq 20`"),
+    ("offline Acrobot, 1, 1 in 5", "figure2_offline", {"task": "Acrobot", "demos": "1", "method": "chi2"},
+     {"method": "bc"}, "−82 (−75)", f"{OFFLINE} --env-id Acrobot-v1 --num-demos 1 --subsample-freq 5`"),
+    ("offline LunarLander, 7, 1 in 5", "figure2_offline", {"task": "LunarLander", "demos": "7", "method": "chi2"},
+     {"method": "bc"}, "283 (278)", f"{OFFLINE} --env-id LunarLander-v3 --num-demos 7 --subsample-freq 5`"),
+    ("observations only, CartPole, 1", "table6_ilo", {"task": "CartPole-v1", "demos": "1", "method": "idm"}, None,
+     "452 (500)", f"{ILO}`"),
+    ("observations only, LunarLander, 10", "table6_ilo", {"task": "LunarLander-v3", "demos": "10", "method": "idm"}, None,
+     "220 (278)", f"{ILO} --env-id LunarLander-v3 --num-demos 10`"),
+    ("observations only, Hopper, 1", "table6_ilo", {"task": "Hopper-v5", "demos": "1", "method": "idm"}, None,
+     "2507 (3533)", f"{ILO} --env-id Hopper-v5`"),
+]
+
+
+def mean_sd(rows: list[dict], name: str) -> str:
+    """`mean ± sd` over seeds, with a digit below a thousand; the mean alone of one row."""
+    values = np.array([float(row[name]) for row in rows])
+    digits = 1 if abs(values.mean()) < 1000 else 0
+    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
+
+
+def table() -> str:
+    """Markdown: a line for each setting whose csv file has it."""
+    lines = ["| setting, trajectories | IQ-Learn | seeds | expert | cloning | random | paper (its expert) | minutes | "
+             "command |", "|---|---|---|---|---|---|---|---|---|"]
+    for setting, name, own, cloning, paper, command in ENTRIES:
+        rows = read_rows(FOLDER / f"{name}.csv")
+        iq = [r for r in rows if own.items() <= r.items()]
+        bc = [r for r in rows if cloning and (own | cloning).items() <= r.items()]
+        if iq:
+            minutes = np.mean([float(r["seconds"]) for r in iq]) / 60
+            lines.append(f"| {setting} | {mean_sd(iq, 'eval_return')} | {len(iq)} | {mean_sd(iq, 'expert').split()[0]} | "
+                         f"{mean_sd(bc, 'eval_return') if bc else ''} | {float(iq[0]['random']):.1f} | {paper} | "
+                         f"{minutes:.1f} | {command} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table())
