@@ -62,6 +62,9 @@ SETTINGS: dict[str, dict] = {
     "PointMaze": {"hidden_size": 64, "batch_size": 64, "num_demos": 0, "actor_lr": 3e-4, "average_rate": 0.002,
                   "temperature": 0.1, "obs_noise": 0.06, "learning_starts": 4_000, "total_timesteps": 8_000,
                   "eval_every": 2_000},
+    "Hopper": {"gamma": 0.97, "temperature": 0.1, "total_timesteps": 40_000},
+    "Pendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
+    "InvertedPendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
 }
 
 
@@ -71,7 +74,7 @@ class Args:
     # The task
     env_id: str = "CartPole-v1"  # a gymnasium environment with discrete or bounded continuous actions, or PointMaze-v0
     seed: int = 1  # of everything: demonstrations drawn, networks, environments
-    total_timesteps: int = 50_000  # environment steps, summed over the environments
+    total_timesteps: int = 30_000  # environment steps, summed over the environments
     learning_starts: int = 1_280  # steps of uniformly random actions before the first update; at most half of the run's
     num_envs: int = 1  # environments stepped side by side
     # PointMaze-v0 only
@@ -1112,8 +1115,9 @@ def train(args: Args) -> Path:
             bar.set_postfix(eval_return=f"{returns.mean():.1f}")
             bar.write(f"step {step}, update {updates}: eval_return {returns.mean():.1f} ± {returns.std():.1f}")
 
-    def check_finite():
-        if not all(bool(torch.isfinite(x).all()) for x in (*terms.values(), *policy.parameters(), *critic.parameters())):
+    def check_finite(*more):
+        tensors = (*terms.values(), *policy.parameters(), *critic.parameters(), *more)
+        if not all(bool(torch.isfinite(x).all()) for x in tensors):
             print(f"{SCRIPT}.py: training is not finite after {updates} updates; a smaller --critic-lr or --actor-lr "
                   f"helps; the last checkpoint in {run_dir}, if any, is kept", file=sys.stderr)
             raise SystemExit(1)
@@ -1134,7 +1138,7 @@ def train(args: Args) -> Path:
                 action = policy.uniform(args.num_envs) if exploring else policy.sample(obs, args.temperature)
                 env_action = policy.to_env(action).cpu().numpy()
             if not np.isfinite(env_action).all():  # which some environments fail on
-                check_finite()
+                check_finite(action)
             next_obs, _, terminated, truncated, info = envs.step(env_action)
             true_next, done = next_obs, terminated | truncated
             if done.any():  # next_obs is the next episode's first observation there

@@ -561,9 +561,12 @@ def final_return(capsys, tmp_path, *flags) -> float:
     return float(FINAL.fullmatch(capsys.readouterr().out.splitlines()[-1]).group(1))
 
 
+FAST = "--total-timesteps 3000 --eval-every 3000 --critic-lr 1e-3 --average-rate 0.002".split()
+
+
 def test_cartpole_from_observations_only(tmp_path, capsys):
     """Random actions give 23."""
-    assert final_return(capsys, tmp_path, "--total-timesteps", "4000", "--eval-every", "4000") >= 400
+    assert final_return(capsys, tmp_path, *FAST) >= 400
 
 
 def test_cartpole_from_observations_of_an_expert_that_never_moves_but_left(tmp_path, capsys):
@@ -582,6 +585,4 @@ def test_cartpole_from_observations_of_an_expert_that_never_moves_but_left(tmp_p
     ends[np.cumsum(lengths) - 1] = True
     np.savez(tmp_path / "left.npz", observations=np.array(observations), terminations=ends,
              truncations=np.zeros_like(ends), episode_lengths=np.array(lengths), env_id=np.array("CartPole-v1"))
-    score = final_return(capsys, tmp_path, "--demos", str(tmp_path / "left.npz"), "--num-demos", "0", "--total-timesteps",
-                         "4000", "--eval-every", "4000")
-    assert score < 50
+    assert final_return(capsys, tmp_path, "--demos", str(tmp_path / "left.npz"), "--num-demos", "0", *FAST) < 50
