@@ -46,7 +46,8 @@ from tqdm import tqdm
 
 SCRIPT = "iq_offline"
 # Mean return of uniformly random actions, 100 episodes, seeds 0 to 99; measured when an environment is missing.
-RANDOM_RETURN = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5, "Pendulum": -1197.2}
+RANDOM_RETURN = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5, "Pendulum": -1199.9,
+                 "Hopper": 15.4, "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": -53.6, "Humanoid": 112.4}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
     "CartPole": {"hidden_layers": 0, "learning_rate": 3e-3, "total_updates": 3_000},
