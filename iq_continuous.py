@@ -72,7 +72,7 @@ class Args:
     seed: int = 1  # of everything: demonstrations drawn, networks, environments
     preset: Literal["ours", "paper"] = "ours"  # the settings that flags start from; the published ones for comparison
     pretrain_updates: int = 0  # updates that clone the actor, before any play
-    total_timesteps: int = 30_000  # environment steps, summed over the environments
+    total_timesteps: int = 50_000  # environment steps, summed over the environments
     learning_starts: int = 1_280  # steps of the first policy before the first update; at most a tenth of the run's
     num_envs: int = 1  # environments stepped side by side
     # Demonstrations
