@@ -46,7 +46,7 @@ FIELD_VERSIONS = {
     "env_id": ("atari | continuous | discrete | ilo | offline", "the task"),
     "seed": ("atari | continuous discrete ilo | offline", "the comment"),
     "pretrain_updates": ("atari | continuous | discrete", "measured; clones the actor"),
-    "total_timesteps": ("atari | continuous ilo | discrete", "measured"),
+    "total_timesteps": ("atari | continuous | discrete | ilo", "measured"),
     "num_envs": ("atari | continuous discrete ilo", "measured"),
     "num_demos": ("atari | continuous ilo | discrete offline", "the paper's protocols"),
     "dones_are": ("atari | continuous discrete ilo offline", "a file of frames"),
