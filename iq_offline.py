@@ -51,7 +51,7 @@ SCRIPT = "iq_offline"
 RANDOM_RETURN = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5, "Pendulum": -1197.2}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
-    "CartPole": {"hidden_layers": 0, "learning_rate": 3e-3, "total_updates": 3_000},
+    "CartPole": {"temperature": 0.1, "hidden_layers": 0, "learning_rate": 3e-3, "total_updates": 3_000},
 }
 
 
