@@ -15,7 +15,7 @@ TASKS = ("Hopper-v5", "HalfCheetah-v5")
 NUMBERS = (1, 4, 10)
 SEEDS = (101, 102, 103)
 METHODS = {"iq": "", "bc": " --objective bc"}
-UPDATES = 20_000
+UPDATES = 10_000
 
 
 def table(rows: list[dict]) -> str:
