@@ -42,7 +42,7 @@ class LearnedReward(gym.Wrapper):
         obs, _, terminated, truncated, info = self.env.step(action)
         r = iq_ilo.state_reward(self.model.reward, self.model.policy, torch.as_tensor(obs)[None],
                                 self.model.saved["temperature"])
-        return obs, (r.item() - self.mean) / self.sd, terminated, truncated, info
+        return obs, float((r.item() - self.mean) / self.sd), terminated, truncated, info
 
 
 def true_return(act, barrier: str, episodes: int = 50) -> float:
@@ -66,7 +66,8 @@ def sac_return(model: iq_ilo.Model, reward: np.ndarray, barrier: str, seed: int,
     env = gym.make("PointMaze-v0", barrier=barrier, random_start=True)
     if learned:
         env = LearnedReward(env, model, reward.mean(), reward.std())
-    sac = SAC("MlpPolicy", env, seed=seed, policy_kwargs={"net_arch": [64, 64]}, learning_starts=500, learning_rate=1e-3,
+    sac = SAC("MlpPolicy", env, seed=seed, policy_kwargs={"net_arch": [64, 64]}, learning_starts=min(500, steps // 4),
+              learning_rate=1e-3,
               gamma=0.98)
     sac.learn(steps)
     return true_return(lambda _, obs: sac.predict(obs, deterministic=True)[0], barrier)
@@ -107,7 +108,7 @@ def table(rows: list[dict]) -> str:
         "sac_same": "return of SAC on the recovered reward alone", "sac_moved": "the same, barrier moved",
         "sac_true_same": "return of SAC on the true reward", "sac_true_moved": "the same, barrier moved",
     }
-    lines = [f"| PointMaze-v0, random starts, {len(rows)} seeds | mean ± sd |", "|---|---|"]
+    lines = [f"| PointMaze-v0, random starts, {len(rows)} seed{'s' * (len(rows) != 1)} | mean ± sd |", "|---|---|"]
     lines += [f"| {text} | {mean_sd(rows, name, 2)} |" for name, text in names.items() if rows and rows[0].get(name)]
     return "\n".join(lines) + "\n"
 
