@@ -67,8 +67,7 @@ def sac_return(model: iq_ilo.Model, reward: np.ndarray, barrier: str, seed: int,
     if learned:
         env = LearnedReward(env, model, reward.mean(), reward.std())
     sac = SAC("MlpPolicy", env, seed=seed, policy_kwargs={"net_arch": [64, 64]}, learning_starts=min(500, steps // 4),
-              learning_rate=1e-3,
-              gamma=0.98)
+              learning_rate=1e-3, gamma=0.98)
     sac.learn(steps)
     return true_return(lambda _, obs: sac.predict(obs, deterministic=True)[0], barrier)
 
