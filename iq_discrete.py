@@ -637,7 +637,7 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
         terms["value_term"] = (V - γ * next_V)[:n_expert].mean()
     elif args.value_loss == "v0":  # not telescoped: (1 − γ)·E_ρ0[V(s0)]
         terms["value_term"] = (1 - γ) * soft_value(network(initial_obs), τ).mean()
-    else:  # v0_expert
+    else:  # v0_expert: leaves r > 0 near the expert and about 0 elsewhere, a bonus for surviving
         terms["value_term"] = (1 - γ) * V[:n_expert].mean()
     α = args.chi2_alpha or (0.5 if args.divergence == "chi2" else None)
     if α:

@@ -93,7 +93,7 @@ class Args:
     chi2_alpha: float = 0.5  # χ² strength [α]
     chi2_rows: Literal["expert", "both"] = "both"  # rows whose r² is penalised
     value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "v0_expert"  # form of the second term
-    bound_targets: bool = True  # clip V(s') to the bound that χ² gives it on both halves; not with large temperatures
+    bound_targets: bool = True  # clip V(s') where χ² on both halves bounds it, entropy aside; not with large temperatures
     target_rate: float = 0.005  # Polyak rate of the target critic for V(s'); 0: none, V(s') has gradient
     average_rate: float = 0.0005  # rate of the moving average that is evaluated and saved; 0: the network
     # The network
@@ -771,7 +771,7 @@ def iq_loss(critic, target, policy, batch: Batch, n_expert: int, initial_obs: to
     else:
         with torch.no_grad():
             next_V = policy.value(target, next_obs, τ)
-            if args.bound_targets:  # DEVIATION: |r| is at most 4α where χ² acts on both halves, so |V| at most this
+            if args.bound_targets and args.chi2_rows == "both":  # DEVIATION: there |r| stays near 4α, so |V| near this
                 next_V = next_V.clamp(-4 * α / (1 - γ), 4 * α / (1 - γ))
     next_V = (1 - terminated) * next_V
     V = policy.value(critic, obs, τ)
@@ -785,7 +785,7 @@ def iq_loss(critic, target, policy, batch: Batch, n_expert: int, initial_obs: to
         terms["value_term"] = (V - γ * next_V)[:n_expert].mean()
     elif args.value_loss == "v0":  # not telescoped: (1 − γ)·E_ρ0[V(s0)]
         terms["value_term"] = (1 - γ) * policy.value(critic, initial_obs, τ).mean()
-    else:  # v0_expert
+    else:  # v0_expert: leaves r > 0 near the expert and about 0 elsewhere, a bonus for surviving
         terms["value_term"] = (1 - γ) * V[:n_expert].mean()
     rows = r[:n_expert] if args.chi2_rows == "expert" else r
     terms["chi2_term"] = (rows**2).mean() / (4 * α)

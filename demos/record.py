@@ -107,7 +107,7 @@ TABLE = {
     "CartPole-v1": (cartpole_expert, 30, 500.0, 5_000, 0.9),
     "Acrobot-v1": (acrobot_expert, 30, -85.0, 5_000, 0.9),
     "LunarLander-v3": (lunar_lander_expert, 30, 250.0, 20_000, 0.8),
-    "Pendulum-v1": (pendulum_expert, 30, -160.0, 6_000, 0.9),
+    "Pendulum-v1": (pendulum_expert, 30, -160.0, 10_000, 0.8),
     "GridWorld-v0": (grid_expert, 30, 1.0, 5_000, 0.9),
     "PointMaze-v0": (maze_expert, 30, -25.0, 5_000, 0.9),
     "PongNoFrameskip-v4": (None, 36, 19.0, 30_000, 0.5),

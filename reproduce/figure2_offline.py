@@ -61,16 +61,18 @@ def figure(rows: list[dict], path: Path) -> None:
     fig.savefig(path, dpi=120)
 
 
-def main(cores: tuple[int, ...] = (0, 1), only: str = ""):
-    """Run what is missing; `cores` names the cores to run on; `only` keeps the tasks whose name contains it."""
+def main(cores: tuple[int, ...] = (0, 1), only: str = "", numbers: tuple[int, ...] = NUMBERS,
+         methods: tuple[str, ...] = tuple(METHODS)):
+    """Run what is missing; `cores` names the cores to run on; `only` keeps the tasks whose name contains it, `numbers`
+    and `methods` some of the others."""
     jobs = []
-    for n in NUMBERS:
+    for n in numbers:
         for task, (env_id, k) in TASKS.items():
-            for method, more in METHODS.items():
+            for method in methods:
                 for seed in SEEDS:
                     if only in task:
                         command = (f"iq_offline.py --env-id {env_id} --subsample-freq {k} --num-demos {n} --seed {seed} "
-                                   f"--eval-every 1000000 --eval-episodes 20 {more}").strip()
+                                   f"--eval-every 1000000 --eval-episodes 20 {METHODS[method]}").strip()
                         name = f"figure2_{task}_{n}_{method}_{seed}"
                         jobs.append(({"task": task, "demos": n, "method": method, "seed": seed},
                                      f"{command} --run-name {name}"))

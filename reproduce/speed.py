@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import iq_atari
 import iq_continuous
 import iq_discrete
+import iq_offline
 
 FOLDER = Path(__file__).resolve().parent
 ROUNDS = 5
@@ -67,7 +68,7 @@ def loop_seconds(module, args, envs) -> float:
         def one(*batch):
             nonlocal start, first
             count[0] += 1
-            if count[0] == 1 + (args.pretrain_updates or 200) // 10:  # the first ones allocate
+            if count[0] == 1 + (getattr(args, "pretrain_updates", 0) or 200) // 10:  # the first ones allocate
                 start, first = time.perf_counter(), count[0]
             return update(*batch)
 
@@ -129,6 +130,8 @@ def cases():
                          ("HalfCheetah, 256 + 256 rows, 500,000 stored", {"batch_size": 256, "buffer_size": 500_000})):
         cheetah = iq_continuous.Args(eval_every=0, checkpoint_every=0, save_model=False, total_timesteps=500, **change)
         yield name, iq_continuous, cheetah, (17,), None, 300
+    offline = iq_offline.Args(env_id="CartPole-v1", eval_every=0, checkpoint_every=0, save_model=False, total_updates=3000)
+    yield "CartPole, offline", iq_offline, offline, (4,), offline.batch_size, 3000
     for name, change in (("Pong, demonstrations alone", {"pretrain_updates": 60, "total_timesteps": 0}),
                          ("Pong, online", {"pretrain_updates": 0, "total_timesteps": 480, "num_envs": 8,
                                            "updates_per_step": 0.125, "buffer_size": 2000, "chi2_rows": "both",
@@ -155,8 +158,8 @@ def sampling_seconds(size: int) -> float:
 def main():
     rows = []
     for name, module, args, shape, batch, updates in cases():
-        make_envs, replay = module.make_envs, module.Replay
-        actions = Box(-1, 1, (6,)) if module is iq_continuous else Discrete(2 if module is iq_discrete else 6)
+        make_envs, replay = module.make_envs, getattr(module, "Replay", None)
+        actions = Box(-1, 1, (6,)) if module is iq_continuous else Discrete(6 if module is iq_atari else 2)
         dtype = np.uint8 if module is iq_atari else np.float32
         if module is iq_atari:  # loading plays games again: once, and then the same frames
             loaded = iq_atari.load_demonstrations(args, 6, torch.device("cpu"))
@@ -168,13 +171,12 @@ def main():
             if module is iq_continuous:
                 bare.append(bare_actor_critic_seconds(args, *shape, 6, updates))
             else:
-                network = (iq_discrete.QNetwork(shape, 2, args.network, args.hidden_size)
-                           if module is iq_discrete else iq_atari.QNetwork(6))
+                network = iq_atari.QNetwork(6) if module is iq_atari else module.QNetwork(shape, 2)
                 if module is iq_atari:
                     network.autocast = args.bfloat16 and iq_atari.has_bfloat16(torch.device("cpu"))
-                obs = torch.rand(batch, *shape) if module is iq_discrete else torch.randint(0, 255, (batch, *shape)).byte()
+                obs = torch.randint(0, 255, (batch, *shape)).byte() if module is iq_atari else torch.rand(batch, *shape)
                 bare.append(bare_seconds(network, obs, args.learning_rate, updates))
-            loop.append(loop_seconds(module, args, StubEnvs(args.num_envs, shape, dtype, actions)))
+            loop.append(loop_seconds(module, args, StubEnvs(getattr(args, "num_envs", 1), shape, dtype, actions)))
         module.make_envs, module.Replay = make_envs, replay
         bare, loop = np.median(bare), np.median(loop)
         rows += [{"what": f"{name}: bare work, ms", "value": round(1e3 * bare, 3)},

@@ -1,4 +1,5 @@
 """The README, the requirements and the results agree with the code and with each other."""
+import ast
 import csv
 import dataclasses
 import importlib
@@ -27,7 +28,9 @@ def test_inline_metadata_agrees_with_requirements(script):
     metadata = tomllib.loads("".join(line[2:] or "\n" for line in head.splitlines(keepends=True)))
     own, tested = pinned(" ".join(metadata["dependencies"])), pinned((ROOT / "requirements.txt").read_text())
     assert len(own) == len(metadata["dependencies"]) and own.items() <= tested.items()
-    imported = set(re.findall(r"^ *(?:import|from) (\w+)", (ROOT / f"{script}.py").read_text(), re.M))
+    nodes = list(ast.walk(ast.parse((ROOT / f"{script}.py").read_text())))
+    imported = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
     third_party = {name for name in imported if name not in sys.stdlib_module_names} - {"minari"}
     assert third_party == {name.replace("-", "_") for name in own}
 
@@ -81,6 +84,10 @@ def test_the_table_of_the_readme_is_made_from_the_csv_files():
     import summary
 
     assert summary.table() in README
+
+
+# Least number of episodes in a file, where they are too large for the 30 of all the others.
+EPISODES = {"HalfCheetah-v5": 25, "Hopper-v5": 25, "Walker2d-v5": 25, "Ant-v5": 8, "Humanoid-v5": 5}
 
 
 def test_demonstrations_are_small_and_as_their_readme_says():

@@ -443,6 +443,19 @@ def test_evaluations_while_cloning_are_of_the_clone(rate, command, tmp_path, mon
     assert len({action for action in used if action is not None}) == 3
 
 
+def test_the_cloning_weight_fades_to_zero(command, monkeypatch):
+    weights, make_update = [], iq_continuous.make_update
+
+    def noted(*parts):
+        clone, update = make_update(*parts)
+        return clone, lambda *tensors: weights.append(tensors[2].item()) or update(*tensors)
+
+    monkeypatch.setattr(iq_continuous, "make_update", noted)
+    assert iq_continuous.main(command("iq_continuous", "--cloning-weight", "0.5", "--cloning-steps", "100", "--eval-every",
+                                      "0")) == 0
+    assert weights == pytest.approx([0.5 * max(0, 1 - step / 100) for step in range(21, 301)])
+
+
 def test_cloning_steps_no_environment(command, tmp_path, monkeypatch):
     monkeypatch.setattr(gym.vector.SyncVectorEnv, "step", lambda *_: pytest.fail("stepped"))
     assert iq_continuous.main(command("iq_continuous", "--total-timesteps", "0", "--pretrain-updates", "200", "--eval-every",
