@@ -232,6 +232,17 @@ def test_policy_actions_with_the_expert_form_hold_no_signal_of_the_expert(tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
+def test_noise_is_on_observations_alone():
+    batch = batch_of(ROWS)
+    assert iq_ilo.blurred(batch, 0.0) is batch
+    torch.manual_seed(0)
+    many = Batch(torch.zeros(4000, 3), torch.ones(4000), torch.zeros(4000, 3), torch.ones(4000))
+    noisy = iq_ilo.blurred(many, 0.3)
+    assert noisy.action is many.action and noisy.terminated is many.terminated
+    for x in (noisy.obs, noisy.next_obs):
+        assert x.std().item() == pytest.approx(0.3, rel=0.05) and abs(x.mean().item()) < 0.02
+
+
 # ------------------------------------------------------------------------------------- a reward of the state
 def test_state_reward_is_the_mean_over_the_policys_actions():
     policy, reward = Softmax(Table([[0.0, math.log(3)], [0.0, 0.0]])), Table([[4.0, 8.0], [1.0, -1.0]])
@@ -477,7 +488,8 @@ def test_copied_alone_it_trains(tmp_path):
 @pytest.mark.parametrize("flags", ["--missing-action policy", "--missing-action replay", "--value-loss value",
                                    "--value-loss value_expert --chi2-rows expert", "--value-loss v0", "--target-rate 0",
                                    "--average-rate 0", "--no-layer-norm", "--no-standardize-obs", "--no-bound-targets",
-                                   "--num-envs 3 --updates-per-step 0.5", "--no-save-model", "--reward-updates 0"])
+                                   "--num-envs 3 --updates-per-step 0.5", "--obs-noise 0.1", "--no-save-model",
+                                   "--reward-updates 0"])
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
 def test_every_form_trains(env_id, flags, tmp_path):
     run_dir = train(tmp_path, "run", "--env-id", env_id, "--eval-every", "0", *flags.split())
