@@ -53,9 +53,10 @@ def table() -> str:
         bc = [r for r in rows if cloning and (own | cloning).items() <= r.items()]
         if iq:
             minutes = np.mean([float(r["seconds"]) for r in iq]) / 60
+            random = next((r["eval_return"] for r in rows if r["method"] == "random"), iq[0]["random"])
             lines.append(f"| {setting} | {mean_sd(iq, 'eval_return')} | {len(iq)} | {mean_sd(iq, 'expert').split()[0]} | "
-                         f"{mean_sd(bc, 'eval_return') if bc else ''} | {float(iq[0]['random']):.1f} | {paper} | "
-                         f"{minutes:.1f} | {command} |")
+                         f"{mean_sd(bc, 'eval_return') if bc else ''} | {float(random):.1f} | {paper} | "
+                         f"{minutes:.2g} | {command} |")
     return "\n".join(lines) + "\n"
 
 
