@@ -82,6 +82,18 @@ def keep_curve(path: Path, labels: dict[str, str], run_dir: Path) -> None:
     write_rows(path, kept + [labels | {name: r[name] for name in names} for r in read_rows(run_dir / "metrics.csv")])
 
 
+def draw_curves(axis, curves: list[dict], labels: dict[str, str], methods) -> None:
+    """Learning curves of the rows that have `labels`, a line for each method: mean over seeds, the deviation shaded."""
+    for method in methods:
+        own = [r for r in curves if (labels | {"method": method}).items() <= r.items() and int(r["step"])]
+        steps = sorted({int(r["step"]) for r in own})
+        if steps:
+            values = [[float(r["eval_return_mean"]) for r in own if int(r["step"]) == step] for step in steps]
+            mean, sd = (np.array([f(v) for v in values]) for f in (np.mean, np.std))
+            axis.plot(steps, mean, label=method)
+            axis.fill_between(steps, mean - sd, mean + sd, alpha=0.25)
+
+
 def mean_sd(rows: list[dict], name: str, digits: int = 1) -> str:
     """`mean ± standard deviation` over rows."""
     values = np.array([float(row[name]) for row in rows])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from common import keep_curve, mean_sd, read_rows, run_all
+from common import draw_curves, keep_curve, mean_sd, read_rows, run_all
 
 FOLDER = Path(__file__).resolve().parent
 CURVES = FOLDER / "table3_mujoco_curves.csv"
@@ -63,14 +63,7 @@ def draw(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3.2), squeeze=False)
     curves = read_rows(CURVES)
     for task, axis in zip(tasks, axes[0]):
-        for method in METHODS:
-            own = [r for r in curves if (r["task"], r["method"]) == (task, method) and int(r["step"])]
-            steps = sorted({int(r["step"]) for r in own})
-            if steps:
-                values = [[float(r["eval_return_mean"]) for r in own if int(r["step"]) == step] for step in steps]
-                mean, sd = (np.array([f(v) for v in values]) for f in (np.mean, np.std))
-                axis.plot(steps, mean, label=method)
-                axis.fill_between(steps, mean - sd, mean + sd, alpha=0.25)
+        draw_curves(axis, curves, {"task": task}, METHODS)
         for name, style, source in (("expert", "--", "expert"), ("bc", ":", "eval_return")):
             values = [float(r[source]) for r in rows if r["task"] == task and r["method"] == ("iq", "bc")[name == "bc"]]
             if values:

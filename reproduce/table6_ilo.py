@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from common import keep_curve, mean_sd, read_rows, run_all
+from common import draw_curves, keep_curve, mean_sd, read_rows, run_all
 
 FOLDER = Path(__file__).resolve().parent
 CURVES = FOLDER / "table6_ilo_curves.csv"
@@ -60,14 +60,7 @@ def draw(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2), squeeze=False)
     curves = read_rows(CURVES)
     for (task, n), axis in zip(panels, axes[0]):
-        for method in METHODS:
-            own = [r for r in curves if (r["task"], r["demos"], r["method"]) == (task, n, method)]
-            steps = sorted({int(r["step"]) for r in own})
-            if steps:
-                values = [[float(r["eval_return_mean"]) for r in own if int(r["step"]) == step] for step in steps]
-                mean, sd = (np.array([f(v) for v in values]) for f in (np.mean, np.std))
-                axis.plot(steps, mean, label=method)
-                axis.fill_between(steps, mean - sd, mean + sd, alpha=0.25)
+        draw_curves(axis, curves, {"task": task, "demos": n}, METHODS)
         own = [r for r in rows if (r["task"], r["demos"]) == (task, n)]
         axis.axhline(np.mean([float(r["expert"]) for r in own]), linestyle="--", color="black", label="expert")
         axis.axhline(float(own[0]["random"]), linestyle=":", color="black", label="random")

@@ -492,24 +492,9 @@ def test_cartpole_from_seven_trajectories(tmp_path, capsys):
     assert score >= 450
 
 
-def test_cartpole_from_an_expert_that_never_moves_but_left(tmp_path, capsys):
+def test_cartpole_from_an_expert_that_never_moves_but_left(left_only, tmp_path, capsys):
     """The control: a reward that merely says «survive» would score 500 here too."""
-    env = gym.make("CartPole-v1")
-    observations, lengths = [], []
-    for seed in range(10):
-        observations.append(env.reset(seed=seed)[0])
-        ended, length = False, 0
-        while not ended:
-            obs, _, terminated, truncated, _ = env.step(0)
-            observations.append(obs)
-            ended, length = terminated or truncated, length + 1
-        lengths.append(length)
-    ends = np.zeros(sum(lengths), bool)
-    ends[np.cumsum(lengths) - 1] = True
-    np.savez(tmp_path / "left.npz", observations=np.array(observations), actions=np.zeros(sum(lengths), np.int64),
-             terminations=ends, truncations=np.zeros_like(ends), episode_lengths=np.array(lengths),
-             env_id=np.array("CartPole-v1"), num_actions=np.array(2))
-    score = final_return(capsys, "--env-id", "CartPole-v1", "--demos", tmp_path / "left.npz", "--seed", 3,
+    score = final_return(capsys, "--env-id", "CartPole-v1", "--demos", left_only, "--seed", 3,
                          "--eval-every", 3000, "--eval-episodes", 10, "--out-dir", tmp_path)
     assert score < 50
 
