@@ -16,7 +16,7 @@ CURVES = FOLDER / "table3_mujoco_curves.csv"
 TASKS = {"HalfCheetah-v5": (5, 50_000), "Hopper-v5": (5, 40_000), "Ant-v5": (5, 50_000), "Walker2d-v5": (3, 100_000)}
 METHODS = {  # flags, tasks
     "iq": ("iq_continuous.py", tuple(TASKS)),
-    "bc": ("iq_offline.py --objective bc --total-updates 20000", tuple(TASKS)),
+    "bc": ("iq_offline.py --objective bc --total-updates 10000", tuple(TASKS)),
     "iq, published settings": ("iq_continuous.py --preset paper", ("HalfCheetah-v5", "Hopper-v5")),
 }
 PUBLISHED = {  # IQ-Learn, its expert, GAIL, DAC, ValueDICE: Table 3 of the paper, 500k steps
