@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import tyro
 from common import ROOT, mean_sd, read_rows, write_rows
-from scipy.stats import spearmanr
 
 sys.path.insert(0, str(ROOT))
 import iq_ilo
@@ -115,6 +114,8 @@ def table(rows: list[dict]) -> str:
 
 def main(seeds: tuple[int, ...] = (101, 102, 103), sac_steps: int = 8_000, flags: str = ""):
     """Run the seeds that the csv does not hold; `flags` go to iq_ilo.py, `sac_steps` 0 leaves soft actor-critic out."""
+    from scipy.stats import spearmanr
+
     path, states, maze = FOLDER / "figure5_maze.csv", plane(), iq_ilo.PointMaze()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     rows = read_rows(path)
