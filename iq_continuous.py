@@ -14,7 +14,10 @@ implies, r = Q(s,a) − γ V(s') with V(s) = Q(s,ã) − τ log π(ã|s), ã ~ �
 
 over demonstrations and the agent's own play. The environment's reward is never read in training.
 
-    python iq_continuous.py --env-id HalfCheetah-v5
+    python iq_continuous.py --env-id Hopper-v5
+
+scores 3203 ± 7 of an expert's 3205 over seeds 101 to 105, from one trajectory and 40,000 steps, 7 minutes of one core;
+HalfCheetah-v5 4918 ± 398 of 5213 after 50,000 (cloning alone: 2361 ± 1073 and 3884 ± 780).
 
 Departures from the paper are marked DEVIATION where they act; `--preset paper` turns off those that can be.
 `diff iq_discrete.py iq_continuous.py` shows what an actor needs.
