@@ -70,7 +70,8 @@ def test_the_readme_is_short_and_has_one_line_for_each_set_up_command():
     assert len(commands) == 2 and "iq_atari.py" in commands[0] and commands[1].endswith("pytest")
 
 
-@pytest.mark.parametrize("name", ["discrete", "pong", "figure2_offline", "table3_mujoco", "table6_ilo", "figure5_maze"])
+@pytest.mark.parametrize("name", ["discrete", "pong", "figure2_offline", "table3_mujoco", "offline_mujoco", "table6_ilo",
+                                  "figure5_maze"])
 def test_the_tables_are_made_from_the_csv_files(name):
     """reproduce/<name>.md is what <name>.csv gives."""
     module = importlib.import_module(name)
