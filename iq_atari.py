@@ -590,7 +590,7 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
         terms["value_term"] = (V - γ * next_V)[:n_expert].mean()
     elif args.value_loss == "v0":  # not telescoped: (1 − γ)·E_ρ0[V(s0)]
         terms["value_term"] = (1 - γ) * soft_value(network(initial_obs), τ).mean()
-    else:  # v0_expert: leaves r > 0 near the expert and about 0 elsewhere, a bonus for surviving
+    else:  # v0_expert
         terms["value_term"] = (1 - γ) * V[:n_expert].mean()
     rows = r[:n_expert] if args.chi2_rows == "expert" else r
     terms["chi2_term"] = (rows**2).mean() / (4 * args.chi2_alpha)

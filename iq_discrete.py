@@ -302,8 +302,8 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
 class QNetwork(nn.Module):
     """Q(s, ·): observations `[B, *obs_shape]` to `[B, num_actions]`.
 
-    It holds the observation statistics, so that a saved network takes raw observations. With `q_bound` the output
-    is `q_bound·tanh(x/q_bound)`.
+    It holds the observation statistics, so that a saved network takes raw observations; what enters the layers is
+    clipped at ±10, standardised or not. With `q_bound` the output is `q_bound·tanh(x/q_bound)`.
     """
 
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, network: str = "mlp", hidden_size: int = 64,
@@ -637,7 +637,7 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
         terms["value_term"] = (V - γ * next_V)[:n_expert].mean()
     elif args.value_loss == "v0":  # not telescoped: (1 − γ)·E_ρ0[V(s0)]
         terms["value_term"] = (1 - γ) * soft_value(network(initial_obs), τ).mean()
-    else:  # v0_expert: leaves r > 0 near the expert and about 0 elsewhere, a bonus for surviving
+    else:  # v0_expert: with χ² on both halves it leaves r > 0 on expert rows, a bonus for surviving
         terms["value_term"] = (1 - γ) * V[:n_expert].mean()
     α = args.chi2_alpha or (0.5 if args.divergence == "chi2" else None)
     if α:

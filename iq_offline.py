@@ -206,6 +206,13 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
           f"--env-id {args.env_id}: its action space is {action_space}, expected Discrete(n) or a Box of shape (n,)")
     check(isinstance(obs_space, gym.spaces.Box),
           f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box")
+    if render_mode:  # told before training, not after it
+        try:
+            envs.reset()
+            envs.envs[0].render()
+        except Exception as error:  # each simulator has its own: no display, a package missing
+            raise BadInput(f"--capture-video: {args.env_id} cannot be rendered here (without a display, MuJoCo "
+                           f"takes the environment variable MUJOCO_GL=egl): {' '.join(str(error).split())}") from None
     return envs
 
 
@@ -657,7 +664,7 @@ def iq_loss(network, target, actor, batch: Batch, initial_obs: torch.Tensor, arg
             terms["value_term"] = (V - γ * next_V).mean()
         elif args.value_loss == "v0":  # not telescoped: (1 − γ)·E_ρ0[V(s0)]
             terms["value_term"] = (1 - γ) * state_value(network, actor, initial_obs, τ).mean()
-        else:  # v0_expert: leaves r > 0 near the expert and about 0 elsewhere, a bonus for surviving
+        else:  # v0_expert
             terms["value_term"] = (1 - γ) * V.mean()
     α = args.chi2_alpha or (0.5 if args.divergence == "chi2" else None)
     if α:
@@ -916,9 +923,11 @@ def train(args: Args) -> Path:
     validate(args)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    evaluated = args.env_id is not None and args.eval_every > 0
+    if args.capture_video and evaluated:
+        make_envs(args, 1, "rgb_array").close()
     demos = load_demonstrations(args, env_spaces(args), device)
     obs_shape, num_actions, action_low, action_high = demos.spaces
-    evaluated = args.env_id is not None and args.eval_every > 0
 
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
     size = (args.hidden_size, args.hidden_layers)

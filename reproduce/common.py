@@ -18,6 +18,11 @@ FINAL = re.compile(r"final eval_return=(?P<eval_return>\S+) std=(?P<std>\S+) epi
                    r"updates=(?P<updates>\d+) seconds=(?P<seconds>\S+) run_dir=(?P<run_dir>\S+)")
 
 
+def bundled(tasks) -> tuple[str, ...]:
+    """Those environments whose demonstrations are in `demos/`: the others have no finished expert yet."""
+    return tuple(task for task in tasks if (ROOT / "demos" / f"{task}.npz").is_file())
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a csv file, none if it is not there."""
     if not path.exists():

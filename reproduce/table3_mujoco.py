@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from common import draw_curves, keep_curve, mean_sd, read_rows, run_all
+from common import bundled, draw_curves, keep_curve, mean_sd, read_rows, run_all
 
 FOLDER = Path(__file__).resolve().parent
 CURVES = FOLDER / "table3_mujoco_curves.csv"
@@ -74,7 +74,7 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(cores: tuple[int, ...] = (0, 1), tasks: tuple[str, ...] = tuple(TASKS), methods: tuple[str, ...] = tuple(METHODS),
+def main(cores: tuple[int, ...] = (0, 1), tasks: tuple[str, ...] = bundled(TASKS), methods: tuple[str, ...] = tuple(METHODS),
          seeds: int | None = None):
     """Run what is missing; `seeds` limits their number."""
     jobs = []

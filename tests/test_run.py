@@ -1,6 +1,7 @@
 """Whole runs of the scripts with tiny settings: outputs, exits, resume, evaluation, and what training never reads."""
 import csv
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -534,3 +535,19 @@ def test_compiled_and_eager_updates_agree(script):
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4, abs=1e-6)
     for eager, compiled in zip(results[0][1], results[1][1]):
         torch.testing.assert_close(eager, compiled, rtol=1e-3, atol=1e-4)
+
+
+class NoDisplay(gym.Wrapper):
+    def render(self):
+        raise RuntimeError("no display")
+
+
+@pytest.mark.parametrize("script, name", [("iq_discrete", "CartPole"), ("iq_offline", "CartPole"), ("iq_ilo", "CartPole"),
+                                          ("iq_continuous", "Pendulum")])
+def test_a_video_that_cannot_be_recorded_is_told_before_training(script, name, tmp_path, capsys):
+    env_id = f"{name}-v72"
+    made = f"{name}-v1"
+    gym.register(env_id, entry_point=lambda render_mode=None: NoDisplay(gym.make(made, render_mode=render_mode)))
+    arguments = ["--env-id", env_id, "--demos", str(ROOT / "demos" / f"{made}.npz"), "--out-dir", str(tmp_path)]
+    assert importlib.import_module(script).main([*arguments, "--capture-video"]) == 2
+    assert "no display" in capsys.readouterr().err and not list(tmp_path.iterdir())
