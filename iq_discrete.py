@@ -303,15 +303,15 @@ class QNetwork(nn.Module):
     """Q(s, ·): observations `[B, *obs_shape]` to `[B, num_actions]`.
 
     It holds the observation statistics, so that a saved network takes raw observations; what enters the layers is
-    clipped at ±10, standardised or not. With `q_bound` the output is `q_bound·tanh(x/q_bound)`.
+    clipped at ±`obs_limit`. With `q_bound` the output is `q_bound·tanh(x/q_bound)`.
     """
 
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, network: str = "mlp", hidden_size: int = 64,
-                 q_bound: float = 0.0):
+                 q_bound: float = 0.0, obs_limit: float = 10.0):
         super().__init__()
         self.sizes = {"obs_shape": tuple(obs_shape), "num_actions": num_actions, "network": network,
-                      "hidden_size": hidden_size, "q_bound": q_bound}
-        self.q_bound = q_bound
+                      "hidden_size": hidden_size, "q_bound": q_bound, "obs_limit": obs_limit}
+        self.q_bound, self.obs_limit = q_bound, obs_limit
         self.register_buffer("obs_mean", torch.zeros(obs_shape))
         self.register_buffer("obs_std", torch.ones(obs_shape))
         if network == "mlp":
@@ -325,7 +325,7 @@ class QNetwork(nn.Module):
             self.layers = GridCNN(obs_shape, num_actions, hidden_size)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        q = self.layers(((obs - self.obs_mean) / self.obs_std).clamp(-10, 10))
+        q = self.layers(((obs - self.obs_mean) / self.obs_std).clamp(-self.obs_limit, self.obs_limit))
         return self.q_bound * torch.tanh(q / self.q_bound) if self.q_bound else q
 
 
@@ -866,7 +866,8 @@ def train(args: Args) -> Path:
     demos = load_demonstrations(args, obs_shape, num_actions, device)
 
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
-    network = QNetwork(obs_shape, num_actions, args.network, args.hidden_size, q_bound).to(device)
+    limit = 10.0 if args.standardize_obs else np.inf  # deviations; raw observations are the network's as they are
+    network = QNetwork(obs_shape, num_actions, args.network, args.hidden_size, q_bound, limit).to(device)
     if args.standardize_obs:
         network.obs_mean.copy_(demos.transitions.obs.mean(0))
         network.obs_std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant dimensions

@@ -665,6 +665,17 @@ def test_q_bound_bounds_q(network, obs_shape):
         assert 6.9 < bounded(obs).abs().max() <= 7
 
 
+@pytest.mark.parametrize("standardized", [False, True])
+def test_only_standardised_observations_are_clipped(standardized, tmp_path):
+    """Raw ones may be large by nature: Acrobot's second joint turns at up to 28."""
+    args = iq_discrete.Args(env_id="Acrobot-v1", standardize_obs=standardized, total_timesteps=0, pretrain_updates=1,
+                            eval_every=0, out_dir=str(tmp_path), run_name="run")
+    network, _ = iq_discrete.load_model(str(iq_discrete.train(args) / "model.pt"))
+    near, far = (torch.tensor([[1.0, 0, 1, 0, 0, speed]]) for speed in (200.0, 280.0))
+    with torch.no_grad():
+        assert torch.equal(network(near), network(far)) == standardized
+
+
 def test_q_bound_bounds_the_implied_reward():
     """|r| ≤ Rmax = q_bound·(1 + γ) + γτ·log A: what makes tv a bounded objective."""
     torch.manual_seed(0)
