@@ -15,8 +15,8 @@ from sbx import CrossQ
 TARGETS = {
     "Hopper-v5": (3533, 100_000),
     "HalfCheetah-v5": (5098, 200_000),
-    "Walker2d-v5": (5275, 400_000),
-    "Ant-v5": (4700, 400_000),
+    "Walker2d-v5": (5275, 220_000),
+    "Ant-v5": (4700, 145_000),
     "Humanoid-v5": (5313, 1_000_000),
 }
 CHUNK = 5_000  # steps between evaluations

@@ -113,8 +113,8 @@ TABLE = {
     "PongNoFrameskip-v4": (None, 36, 19.0, 30_000, 0.5),
     "Hopper-v5": (trained_expert, 25, 3_200.0, 20_000, 0.5),
     "HalfCheetah-v5": (trained_expert, 25, 4_900.0, 20_000, 0.5),
-    "Walker2d-v5": (trained_expert, 25, 4_800.0, 20_000, 0.5),
-    "Ant-v5": (trained_expert, 8, 4_500.0, 20_000, 0.5),
+    "Walker2d-v5": (trained_expert, 25, 4_600.0, 20_000, 0.5),
+    "Ant-v5": (trained_expert, 25, 4_400.0, 20_000, 0.5),
     "Humanoid-v5": (trained_expert, 5, 4_900.0, 20_000, 0.5),
 }
 RANDOM_GRIDS = 1_000  # episodes where walls, start or goal are random: most of what a clone needs is more grids
