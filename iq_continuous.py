@@ -54,6 +54,7 @@ RANDOM_RETURN = {"Hopper": 15.4, "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": 
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
     "Hopper": {"gamma": 0.97, "temperature": 0.1, "total_timesteps": 40_000},
+    "Ant": {"obs_dims": 27},  # without the contact forces: 2,082 instead of 51 after 5,000 steps
     "Pendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
     "InvertedPendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
 }
@@ -62,7 +63,7 @@ PAPER = {"standardize_obs": False, "layer_norm": False, "bound_targets": False, 
          "value_loss": "v0_expert", "temperature": 0.01, "actor_lr": 3e-5, "critic_lr": 3e-4}
 PAPER_SETTINGS: dict[str, dict] = {
     "HalfCheetah": {"value_loss": "value"},
-    "Ant": {"value_loss": "value", "temperature": 0.001},
+    "Ant": {"value_loss": "value", "temperature": 0.001, "obs_dims": 27},  # the paper's simulator gave no contact forces
     "Humanoid": {"temperature": 1.0},
 }
 
@@ -98,6 +99,7 @@ class Args:
     # The network
     hidden_size: int = 256  # units of a layer
     layer_norm: bool = True  # LayerNorm in the critic
+    obs_dims: int = 0  # entries of an observation that the networks see, the first ones; 0: all
     standardize_obs: bool = True  # standardise observations by the demonstrations
     # Optimisation
     actor_lr: float = 3e-5  # of Adam, actor
@@ -180,7 +182,7 @@ def validate(args: Args) -> None:
         "at least 1": (lambda x: x >= 1, "num_envs subsample_freq batch_size buffer_size eval_episodes hidden_size "
                        "learning_starts cloning_steps"),
         "at least 0": (lambda x: x >= 0, "seed pretrain_updates total_timesteps num_demos temperature cloning_weight "
-                       "eval_every checkpoint_every"),
+                       "obs_dims eval_every checkpoint_every"),
         "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "actor_lr critic_lr updates_per_step chi2_alpha"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
@@ -819,6 +821,9 @@ def train(args: Args) -> Path:
         for network in (actor, critic):
             network.standardize.mean.copy_(demos.transitions.obs.mean(0))
             network.standardize.std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant ones
+    if args.obs_dims:  # the others are divided by infinity
+        for network in (actor, critic):
+            network.standardize.std[args.obs_dims :] = np.inf
     target = deepcopy(critic)
     average = deepcopy(actor) if args.average_rate else None  # DEVIATION: the paper has the last iterate
     policy = average or actor  # what is evaluated and saved

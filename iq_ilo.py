@@ -66,6 +66,7 @@ SETTINGS: dict[str, dict] = {
                   "temperature": 0.1, "obs_noise": 0.06, "learning_starts": 4_000, "total_timesteps": 8_000,
                   "eval_every": 2_000},
     "Hopper": {"gamma": 0.97, "temperature": 0.1, "total_timesteps": 40_000},
+    "Ant": {"obs_dims": 27},  # without the contact forces, as in iq_continuous.py
     "Pendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
     "InvertedPendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
 }
@@ -102,6 +103,7 @@ class Args:
     # The network
     hidden_size: int = 256  # units of a layer
     layer_norm: bool = True  # LayerNorm in the critic
+    obs_dims: int = 0  # entries of an observation that the networks see, the first ones; 0: all
     standardize_obs: bool = True  # standardise observations by the demonstrations
     obs_noise: float = 0.0  # standard deviation of Gaussian noise on training observations
     # Optimisation
@@ -180,8 +182,8 @@ def validate(args: Args) -> None:
     rules = {
         "at least 1": (lambda x: x >= 1, "num_envs subsample_freq batch_size buffer_size eval_episodes hidden_size "
                        "learning_starts"),
-        "at least 0": (lambda x: x >= 0, "seed total_timesteps num_demos temperature obs_noise reward_updates eval_every "
-                       "checkpoint_every"),
+        "at least 0": (lambda x: x >= 0, "seed total_timesteps num_demos temperature obs_dims obs_noise reward_updates "
+                       "eval_every checkpoint_every"),
         "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "actor_lr critic_lr idm_lr updates_per_step chi2_alpha"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
@@ -1059,6 +1061,10 @@ def train(args: Args) -> Path:
     for standardize, x in statistics:
         standardize.mean.copy_(x.mean(0))
         standardize.std.copy_(x.std(0, correction=0).clamp(min=0.01 if x is obs else 1e-4))  # near-constant ones
+    if args.obs_dims:  # the others are divided by infinity
+        for module in nn.ModuleList(filter(None, (critic, policy, idm))).modules():
+            if isinstance(module, Standardize):
+                module.std[args.obs_dims :] = np.inf
     target = deepcopy(critic) if args.target_rate else None
     average = deepcopy(policy) if args.average_rate else None  # DEVIATION: the paper has the last iterate
     average_critic = deepcopy(critic) if args.average_rate else None

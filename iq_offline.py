@@ -57,7 +57,8 @@ SETTINGS: dict[str, dict] = {
     "Acrobot": {"standardize_obs": False, "total_updates": 3_000},
     "LunarLander": {"standardize_obs": False, "hidden_size": 256, "weight_decay": 0.1, "temperature": 1.0,
                     "chi2_alpha": 50.0, "total_updates": 3_000},
-    "Hopper": MUJOCO, "HalfCheetah": MUJOCO, "Walker2d": MUJOCO, "Ant": MUJOCO, "Humanoid": MUJOCO,
+    "Hopper": MUJOCO, "HalfCheetah": MUJOCO, "Walker2d": MUJOCO, "Humanoid": MUJOCO,
+    "Ant": MUJOCO | {"obs_dims": 27},  # without the contact forces, as in iq_continuous.py
 }
 
 
@@ -89,6 +90,7 @@ class Args:
     # The network
     hidden_size: int = 64  # units of a hidden layer
     hidden_layers: int = 2  # of the networks; 0: linear in the observation
+    obs_dims: int = 0  # entries of an observation that the networks see, the first ones; 0: all
     standardize_obs: bool = True  # standardise observations by the demonstrations
     # Optimisation
     learning_rate: float = 1e-3  # of Adam, with discrete actions
@@ -164,7 +166,7 @@ def validate(args: Args) -> None:
     rules = {
         "at least 1": (lambda x: x >= 1, "subsample_freq batch_size eval_episodes hidden_size"),
         "at least 0": (lambda x: x >= 0, "seed total_updates num_demos temperature gradient_penalty cloning_weight "
-                       "hidden_layers weight_decay eval_every checkpoint_every"),
+                       "hidden_layers weight_decay obs_dims eval_every checkpoint_every"),
         "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "learning_rate actor_lr critic_lr"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma holdout"),
@@ -939,6 +941,9 @@ def train(args: Args) -> Path:
         for module in filter(None, (network, actor)):
             module.obs_mean.copy_(demos.transitions.obs.mean(0))
             module.obs_std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant dimensions
+    if args.obs_dims:  # the others are divided by infinity
+        for module in filter(None, (network, actor)):
+            module.obs_std[args.obs_dims :] = np.inf
     # With continuous actions V(s') of a target network without gradient, as the paper has it there.
     args = replace(args, target_rate=args.target_rate if args.target_rate is not None else 0.0 if num_actions else 0.005)
     target = deepcopy(network) if args.target_rate else None

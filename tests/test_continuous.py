@@ -406,12 +406,13 @@ def test_networks_standardise_within_and_clip_what_is_standardised():
 PAPER = {"value_loss": "v0_expert", "temperature": 0.01, "actor_lr": 3e-5, "critic_lr": 3e-4, "batch_size": 256,
          "hidden_size": 256, "learning_starts": 1_280, "updates_per_step": 1.0, "chi2_rows": "both", "chi2_alpha": 0.5,
          "gamma": 0.99, "target_rate": 0.005, "divergence": "chi2", "num_demos": 1, "standardize_obs": False,
-         "layer_norm": False, "bound_targets": False, "average_rate": 0.0, "cloning_weight": 0.0, "pretrain_updates": 0}
+         "layer_norm": False, "bound_targets": False, "average_rate": 0.0, "cloning_weight": 0.0, "pretrain_updates": 0,
+         "obs_dims": 0}
 
 
 @pytest.mark.parametrize("env_id, own", [
     ("Hopper-v5", {}), ("Walker2d-v5", {}), ("HalfCheetah-v5", {"value_loss": "value"}),
-    ("Ant-v5", {"value_loss": "value", "temperature": 0.001}), ("Humanoid-v5", {"temperature": 1.0}),
+    ("Ant-v5", {"value_loss": "value", "temperature": 0.001, "obs_dims": 27}), ("Humanoid-v5", {"temperature": 1.0}),
     ("Pendulum-v1", {}),
 ])
 def test_preset_paper_is_what_was_published(env_id, own):

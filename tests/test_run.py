@@ -551,3 +551,27 @@ def test_a_video_that_cannot_be_recorded_is_told_before_training(script, name, t
     arguments = ["--env-id", env_id, "--demos", str(ROOT / "demos" / f"{made}.npz"), "--out-dir", str(tmp_path)]
     assert importlib.import_module(script).main([*arguments, "--capture-video"]) == 2
     assert "no display" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script, flags", [("iq_continuous", "--total-timesteps 40 --learning-starts 10"),
+                                           ("iq_offline", "--total-updates 20"),
+                                           ("iq_ilo", "--total-timesteps 40 --learning-starts 10 --reward-updates 2")])
+@pytest.mark.parametrize("standardize", ["--standardize-obs", "--no-standardize-obs"])
+def test_entries_beyond_obs_dims_are_not_seen(script, flags, standardize, tmp_path):
+    """Demonstrations whose third entry is another leave training as it is, and the trained policy is blind to it too."""
+    module = importlib.import_module(script)
+    with np.load(ROOT / "demos" / "Pendulum-v1.npz") as file:
+        data = dict(file)
+    policies = []
+    for name, factor in (("one", 1.0), ("other", -0.5)):
+        data["observations"][:, 2] *= factor
+        np.savez(tmp_path / f"{name}.npz", **data)
+        assert module.main(["--env-id", "Pendulum-v1", "--demos", str(tmp_path / f"{name}.npz"), "--out-dir", str(tmp_path),
+                            "--run-name", name, "--obs-dims", "2", "--eval-every", "0", "--hidden-size", "16", standardize,
+                            *flags.split()]) == 0
+        model = module.load_model(str(tmp_path / name / "model.pt"))
+        policies.append(model[0] if script != "iq_offline" else model[1])
+    obs = torch.tensor([[0.6, 0.8, 5.0], [0.6, 0.8, -3.0]])
+    with torch.no_grad():
+        actions = torch.cat([policy.act(obs) for policy in policies])
+    assert actions.isfinite().all() and (actions == actions[0]).all()
