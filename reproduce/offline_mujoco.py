@@ -11,7 +11,7 @@ import tyro
 from common import mean_sd, run_all
 
 FOLDER = Path(__file__).resolve().parent
-TASKS = ("Hopper-v5", "HalfCheetah-v5")
+TASKS = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Ant-v5")
 NUMBERS = (1, 4, 10)
 SEEDS = (101, 102, 103)
 METHODS = {"iq": "", "bc": " --objective bc"}
