@@ -377,9 +377,8 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
           f"--demos {dataset_id}: its observations are not plain arrays")
     arrays = {name: np.concatenate([getattr(e, name) for e in episodes])
               for name in ("observations", "actions", "terminations", "truncations", "rewards")}
-    env_spec = dataset.env_spec
     return arrays | {"episode_lengths": np.array([len(e.actions) for e in episodes]),
-                     "env_id": np.array(env_spec.id if env_spec else "unknown")}
+                     "env_id": np.array(dataset.env_spec.id if dataset.env_spec else "unknown")}
 
 
 def demonstrations_path(args: Args) -> str:
@@ -617,7 +616,7 @@ def cloning_loss(actor: Actor, batch: Batch, n_expert: int) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------- Evaluate
-def evaluate(actor, args: Args, device, stop: "StopSignal | None" = None, frames: list | None = None):
+def evaluate(actor, args: Args, device, stop: "Run | None" = None, frames: list | None = None):
     """Returns of `--eval-episodes` whole episodes of the deterministic policy, on environments of its own.
 
     One episode from each of as many environments, so that none is dropped for its length; `actor` None plays
@@ -649,8 +648,7 @@ def evaluate(actor, args: Args, device, stop: "StopSignal | None" = None, frames
 
 def random_return(args: Args) -> float:
     """Mean return of random actions: from the table, else 20 episodes played now."""
-    name = env_name(args.env_id)
-    if name in RANDOM_RETURN:
+    if (name := env_name(args.env_id)) in RANDOM_RETURN:
         return RANDOM_RETURN[name]
     return float(evaluate(None, replace(args, eval_episodes=20), "cpu").mean())
 
@@ -690,70 +688,145 @@ def load_model(path: str, device="cpu") -> tuple[Actor, QNetwork, dict]:
 
 
 # ---------------------------------------------------------------------------------------------- Train
-class StopSignal:
-    """Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two updates; a second one
-    acts at once."""
-
-    def __enter__(self):
-        self.signum = 0
-        self.previous = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)
-
-    def receive(self, signum, _frame):
-        self.signum = signum
-        self.__exit__()
-
-
 def save_atomically(content: dict, path: Path) -> None:
     """torch.save that leaves the old file or the new one, whenever the process is killed."""
     torch.save(content, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
-class Metrics:
-    """metrics.csv, rewritten whole at each row, and Weights & Biases with `--track`."""
+class Run:
+    """A run's directory, counters, rows and checkpoints: `pretrain` updates on demonstrations, then `total` steps.
+    Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two updates; a second one acts at
+    once."""
 
-    def __init__(self, run_dir: Path, args: Args, step: int, updates: int, seconds: float):
-        self.path, self.rows, self.wandb = run_dir / "metrics.csv", [], None
-        self.first_step, self.first_updates, self.first_time = step, updates, time.time()
+    def __init__(self, args: Args, device, demos, parts: dict, policy, pretrain: int, total: int, label: str):
+        self.args, self.device, self.demos, self.policy = args, device, demos, policy
+        self.pretrain, self.total, self.signum = pretrain, total, 0
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        self.open_directory(Path(args.out_dir) / name)
+        self.random = random_return(args) if args.eval_every else np.nan
+        self.every = args.eval_every or max(1, (pretrain + total) // 20)  # steps between rows of metrics.csv
+        self.terms, self.returns, self.frames = {}, None, [] if args.capture_video else None
+        self.bar = tqdm(total=pretrain + total, initial=min(self.updates, pretrain) + self.step, unit="step",
+                        disable=None, desc=label)
+
+    def open_directory(self, path: Path) -> None:
+        """Make it, or go on from its checkpoint. Raises BadInput."""
+        self.dir, self.rows, self.wandb, args = path, [], None, self.args
+        self.step, self.updates, seconds = 0, 0, 0.0
+        if args.resume:
+            try:
+                stored = torch.load(path / "checkpoint.pt", map_location=self.device, weights_only=True)
+                for name, part in self.parts.items():
+                    part.load_state_dict(stored[name])
+                torch.set_rng_state(stored["rng"].cpu())
+                self.step, self.updates, seconds = stored["step"], stored["updates"], stored["seconds"]
+            except (*UNREADABLE, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+                raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
+                               f"({type(error).__name__})") from None
+        else:
+            check(not path.exists(), f"--run-name: {path} exists already; take another name, or --resume {path}")
+            try:
+                path.mkdir(parents=True)
+            except OSError as error:
+                raise BadInput(f"--out-dir {args.out_dir}: {error}") from None
+            shutil.copy(__file__, path)
+        (path / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+        self.first_step, self.first_updates, self.first_time = self.step, self.updates, time.time()
         self.start = self.first_time - seconds
-        if args.resume and self.path.exists():  # rows after the checkpoint are dropped, to be written anew
-            with open(self.path) as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["updates"]) <= updates]
+        if args.resume and (path / "metrics.csv").exists():  # rows after the checkpoint are dropped, to be written anew
+            rows = csv.DictReader((path / "metrics.csv").read_text().splitlines())
+            self.rows = [row for row in rows if int(row["updates"]) <= self.updates]
         if args.track:
             import wandb
 
-            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
-                                    name=run_dir.name, dir=run_dir)
+            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=path.name,
+                       dir=path)
+            self.wandb = wandb
 
-    def log(self, step: int, updates: int, returns: np.ndarray | None, terms: dict[str, torch.Tensor]) -> None:
-        mean, std = (returns.mean(), returns.std()) if returns is not None else (np.nan, np.nan)
-        now = time.time()
+    def __enter__(self):
+        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_):
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+
+    def receive(self, signum, _frame):
+        self.signum = signum
+        self.__exit__()
+
+    def running(self) -> bool:
+        return not self.signum and (self.updates < self.pretrain or self.step < self.total)
+
+    def tick(self, clock: int, steps: int) -> None:
+        """`steps` more on `clock` (steps, before play updates): move the bar, report and save where that is due."""
+        self.bar.update(steps)
+        if clock % self.every < steps and self.running():
+            self.report()
+        if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
+            self.save()
+
+    def report(self, last: bool = False) -> None:
+        """Evaluate and write a row; nothing when a signal came before or comes meanwhile."""
+        self.check_finite()
+        if self.args.eval_every and not self.signum:
+            self.returns = evaluate(self.policy, self.args, self.device, self, self.frames if last else None)
+        if self.signum:
+            return
+        step, updates, now = self.step, self.updates, time.time()
+        mean, std = (self.returns.mean(), self.returns.std()) if self.returns is not None else (np.nan, np.nan)
         count, first = (step, self.first_step) if step else (updates, self.first_updates)  # before play: updates
         row = {"step": step, "updates": updates, "eval_return_mean": round(float(mean), 4),
                "eval_return_std": round(float(std), 4),
                "steps_per_second": round((count - first) / (now - self.first_time), 1),
-               "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in terms.items()}
+               "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in self.terms.items()}
         self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
         names = dict.fromkeys(name for r in self.rows for name in r)
-        with open(self.path, "w", newline="") as file:
+        with open(self.dir / "metrics.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, names, restval="nan")
             writer.writeheader()
             writer.writerows(self.rows)
         if self.wandb:
             self.wandb.log(row, step=updates)
+        if self.returns is not None:
+            self.bar.set_postfix(eval_return=f"{mean:.1f}")
+            self.bar.write(f"step {step}, update {updates}: eval_return {mean:.1f} ± {std:.1f}")
 
-    def close(self, video: Path | None) -> None:
+    def check_finite(self, *more: torch.Tensor) -> None:
+        """SystemExit 1 unless the last terms, the networks and `more` are finite."""
+        parameters = [*self.parts["actor"].parameters(), *self.parts["critic"].parameters()]
+        if not all(bool(torch.isfinite(x).all()) for x in (*self.terms.values(), *parameters, *more)):
+            print(f"{SCRIPT}.py: training is not finite after {self.updates} updates; a smaller --critic-lr or "
+                  f"--actor-lr helps; the last checkpoint in {self.dir}, if any, is kept", file=sys.stderr)
+            raise SystemExit(1)
+
+    def save(self) -> None:
+        self.check_finite()
+        save_atomically({name: part.state_dict() for name, part in self.parts.items()} |
+                        {"rng": torch.get_rng_state(), "step": self.step, "updates": self.updates,
+                         "seconds": time.time() - self.start}, self.dir / "checkpoint.pt")
+
+    def finish(self, model: dict, fps: int) -> Path:
+        """Save the model and the video, and print the last line; SystemExit where a signal stopped the run."""
+        args, expert = self.args, self.demos.expert_return
+        if args.save_model:
+            about = {"temperature": args.temperature, "gamma": args.gamma, "args": asdict(args),
+                     "expert_return": expert, "random_return": self.random}
+            save_atomically({"script": SCRIPT, "env_id": args.env_id} | model | about, self.dir / "model.pt")
+        if self.frames:
+            video = self.dir / "videos" / f"step_{self.step}.mp4"
+            write_video(self.frames, fps, video)
+            if self.wandb:  # gymnasium no longer uploads videos by itself
+                self.wandb.log({"video": self.wandb.Video(str(video))})
         if self.wandb:
-            if video:  # gymnasium no longer uploads videos by itself
-                import wandb
-
-                self.wandb.log({"video": wandb.Video(str(video))})
             self.wandb.finish()
+        if self.signum:
+            print(f"stopped at step {self.step}; to continue: python {SCRIPT}.py --resume {self.dir}", flush=True)
+            raise SystemExit(128 + self.signum)
+        seconds = time.time() - self.start
+        print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
+        return self.dir
 
 
 def make_update(actor, critic, target, average, optimizers, n_expert: int, args: Args):
@@ -764,9 +837,8 @@ def make_update(actor, critic, target, average, optimizers, n_expert: int, args:
     """
     actor_optimizer, critic_optimizer = optimizers
     actor_parameters = list(actor.parameters())
-    pairs = [(rate, list(of.parameters()), list(network.parameters()))
-             for of, network, rate in ((target, critic, args.target_rate), (average, actor, args.average_rate))
-             if of is not None]
+    pairs = [(rate, list(of.parameters()), list(network.parameters())) for of, network, rate in
+             ((target, critic, args.target_rate), (average, actor, args.average_rate)) if of is not None]
 
     def clone(batch: Batch) -> dict[str, torch.Tensor]:
         loss = cloning_loss(actor, batch, n_expert)
@@ -838,73 +910,20 @@ def train(args: Args) -> Path:
     initial.add(demos.initial_obs)
     clone, update = make_update(actor, critic, target, average, optimizers, n, args)
 
-    state = {"actor": actor, "critic": critic, "target": target, "average": average, "actor_optimizer": optimizers[0],
+    parts = {"actor": actor, "critic": critic, "target": target, "average": average, "actor_optimizer": optimizers[0],
              "critic_optimizer": optimizers[1], "replay": replay, "initial": initial}
-    state = {name: part for name, part in state.items() if part is not None}
-    name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.out_dir) / name
-    step, updates, seconds = 0, 0, 0.0
-    if args.resume:
-        try:
-            stored = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
-            for name, part in state.items():
-                part.load_state_dict(stored[name])
-            torch.set_rng_state(stored["rng"].cpu())
-            step, updates, seconds = stored["step"], stored["updates"], stored["seconds"]
-        except (*UNREADABLE, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-            raise BadInput(f"--resume {run_dir}: its checkpoint.pt is not one of this run "
-                           f"({type(error).__name__})") from None
-    else:
-        check(not run_dir.exists(), f"--run-name: {run_dir} exists already; take another name, or --resume {run_dir}")
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as error:
-            raise BadInput(f"--out-dir {args.out_dir}: {error}") from None
-        shutil.copy(__file__, run_dir)
-    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
-    metrics = Metrics(run_dir, args, step, updates, seconds)
-    random = random_return(args) if args.eval_every else np.nan
-    every = args.eval_every or max(1, (pretrain + total) // 20)  # steps between rows of metrics.csv
-    terms, returns, frames = {}, None, [] if args.capture_video else None
-
-    def report(frames=None):
-        """Evaluate and write a row; nothing when a signal comes meanwhile."""
-        nonlocal returns
-        check_finite()
-        returns = evaluate(policy, args, device, stop, frames) if args.eval_every else None
-        if stop.signum:
-            return
-        metrics.log(step, updates, returns, terms)
-        if returns is not None:
-            bar.set_postfix(eval_return=f"{returns.mean():.1f}")
-            bar.write(f"step {step}, update {updates}: eval_return {returns.mean():.1f} ± {returns.std():.1f}")
-
-    def check_finite(*more):
-        tensors = (*terms.values(), *actor.parameters(), *critic.parameters(), *more)
-        if not all(bool(torch.isfinite(x).all()) for x in tensors):
-            print(f"{SCRIPT}.py: training is not finite after {updates} updates; a smaller --critic-lr or --actor-lr "
-                  f"helps; the last checkpoint in {run_dir}, if any, is kept", file=sys.stderr)
-            raise SystemExit(1)
-
-    def save():
-        check_finite()
-        save_atomically({name: part.state_dict() for name, part in state.items()} |
-                        {"rng": torch.get_rng_state(), "step": step, "updates": updates,
-                         "seconds": time.time() - metrics.start}, run_dir / "checkpoint.pt")
-
-    obs = torch.as_tensor(envs.reset(seed=args.seed + step)[0], dtype=torch.float32, device=device)
+    run = Run(args, device, demos, parts, policy, pretrain, total, f"iq {args.env_id}")
+    obs = torch.as_tensor(envs.reset(seed=args.seed + run.step)[0], dtype=torch.float32, device=device)
     initial.add(obs)
-    bar = tqdm(total=pretrain + total, initial=min(updates, pretrain) + step, unit="step", disable=None,
-               desc=f"iq {args.env_id}")
-    with StopSignal() as stop, bar:
-        while not stop.signum and (updates < pretrain or step < total):
-            playing = updates >= pretrain
+    with run, run.bar:
+        while run.running():
+            playing = run.updates >= pretrain
             if playing:  # one step in each environment
                 with torch.no_grad():
                     action = sample_action(actor, obs)[0]
                     env_action = actor.to_env(action).cpu().numpy()
                 if not np.isfinite(env_action).all():  # which some environments fail on
-                    check_finite(action)
+                    run.check_finite(action)
                 next_obs, _, terminated, truncated, info = envs.step(env_action)
                 true_next, done = next_obs, terminated | truncated
                 if done.any():  # next_obs is the next episode's first observation there
@@ -914,55 +933,36 @@ def train(args: Args) -> Path:
                 replay.add(obs, action, torch.as_tensor(true_next, dtype=torch.float32, device=device),
                            torch.as_tensor(terminated, dtype=torch.float32, device=device))
                 obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
-                step += args.num_envs
+                run.step += args.num_envs
 
-            due = max(0, step - starts) * args.updates_per_step if playing else updates + 1 - pretrain
-            while updates < pretrain + int(due):
+            due = max(0, run.step - starts) * args.updates_per_step if playing else run.updates + 1 - pretrain
+            while run.updates < pretrain + int(due):
                 if playing:  # expert rows first
                     batch = Batch(*(torch.cat(rows) for rows in zip(draw(demos, n), replay.sample(n))))
-                    fade = args.cloning_weight * max(0.0, 1 - step / args.cloning_steps)
-                    terms = update(batch, initial.sample(n)[0], torch.tensor(fade, device=device))
+                    fade = args.cloning_weight * max(0.0, 1 - run.step / args.cloning_steps)
+                    run.terms = update(batch, initial.sample(n)[0], torch.tensor(fade, device=device))
                 else:
-                    terms = clone(draw(demos, n))
+                    run.terms = clone(draw(demos, n))
                     if average:  # before play it is the actor itself, so that it starts where play does
                         average.load_state_dict(actor.state_dict())
-                updates += 1
+                run.updates += 1
 
-            clock, tick = (step, args.num_envs) if playing else (updates, 1)
-            bar.update(tick)
-            if clock % every < tick and (updates < pretrain or step < total):
-                report()
-            if args.checkpoint_every and clock % args.checkpoint_every < tick:
-                save()
-        if not stop.signum:
-            report(frames)
-        save()
-    if args.save_model:
-        save_atomically({"script": SCRIPT, "env_id": args.env_id, "actor": policy.state_dict(),
-                         "actor_sizes": policy.sizes, "critic": critic.state_dict(), "critic_sizes": critic.sizes,
-                         "temperature": args.temperature, "gamma": args.gamma, "args": asdict(args),
-                         "expert_return": demos.expert_return, "random_return": random}, run_dir / "model.pt")
-    if frames:
-        write_video(frames, envs.metadata.get("render_fps", 30), run_dir / "videos" / f"step_{step}.mp4")
-    metrics.close(run_dir / "videos" / f"step_{step}.mp4" if frames else None)
+            run.tick(run.step, args.num_envs) if playing else run.tick(run.updates, 1)
+        run.report(last=True)
+        run.save()
     envs.close()
-    if stop.signum:
-        print(f"stopped at step {step}; to continue: python {SCRIPT}.py --resume {run_dir}", flush=True)
-        raise SystemExit(128 + stop.signum)
-    seconds = time.time() - metrics.start
-    print(final_line(returns, demos.expert_return, random, step, updates, seconds, run_dir), flush=True)
-    return run_dir
+    return run.finish({"actor": policy.state_dict(), "actor_sizes": policy.sizes, "critic": critic.state_dict(),
+                       "critic_sizes": critic.sizes}, envs.metadata.get("render_fps", 30))
 
 
 def play(args: Args) -> None:
     """Evaluate a saved model in the environment that it was trained in, and print the final line."""
-    *_, saved = load_model(args.evaluate)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    actor, _, saved = load_model(args.evaluate, device)
     check(args.env_id in (Args().env_id, saved["env_id"]),
           f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
     args = replace(args, env_id=saved["env_id"])
     validate(args)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    actor, *_ = load_model(args.evaluate, device)
     start, frames, run_dir = time.time(), [] if args.capture_video else None, Path(args.evaluate).resolve().parent
     returns = evaluate(actor, args, device, None, frames)
     if frames:

@@ -387,9 +387,8 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
           f"--demos {dataset_id}: its observations are not plain arrays")
     arrays = {name: np.concatenate([getattr(e, name) for e in episodes])
               for name in ("observations", "actions", "terminations", "truncations", "rewards")}
-    env_spec = dataset.env_spec
     return arrays | {"episode_lengths": np.array([len(e.actions) for e in episodes]),
-                     "env_id": np.array(env_spec.id if env_spec else "unknown")}
+                     "env_id": np.array(dataset.env_spec.id if dataset.env_spec else "unknown")}
 
 
 def demonstrations_path(args: Args) -> str:
@@ -734,7 +733,7 @@ def act(network, actor, obs: torch.Tensor) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------- Evaluate
-def evaluate(network, actor, args: Args, device, stop: "StopSignal | None" = None, frames: list | None = None):
+def evaluate(network, actor, args: Args, device, stop: "Run | None" = None, frames: list | None = None):
     """Returns of `--eval-episodes` whole episodes of the greedy policy, on environments of its own.
 
     One episode from each of as many environments, so that none is dropped for its length; `network` None plays
@@ -766,8 +765,7 @@ def evaluate(network, actor, args: Args, device, stop: "StopSignal | None" = Non
 
 def random_return(args: Args) -> float:
     """Mean return of random actions: from the table, else 20 episodes played now."""
-    name = env_name(args.env_id)
-    if name in RANDOM_RETURN:
+    if (name := env_name(args.env_id)) in RANDOM_RETURN:
         return RANDOM_RETURN[name]
     return float(evaluate(None, None, replace(args, eval_episodes=20), "cpu").mean())
 
@@ -821,70 +819,152 @@ def load_model(path: str, device="cpu") -> tuple[QNetwork, Actor | None, dict]:
 
 
 # ---------------------------------------------------------------------------------------------- Train
-class StopSignal:
-    """Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two updates; a second one
-    acts at once."""
-
-    def __enter__(self):
-        self.signum = 0
-        self.previous = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)
-
-    def receive(self, signum, _frame):
-        self.signum = signum
-        self.__exit__()
-
-
 def save_atomically(content: dict, path: Path) -> None:
     """torch.save that leaves the old file or the new one, whenever the process is killed."""
     torch.save(content, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
-class Metrics:
-    """metrics.csv, rewritten whole at each row, and Weights & Biases with `--track`."""
+class Run:
+    """A run's directory, counters, rows and checkpoints. Within `with`, SIGINT and SIGTERM only set `signum`, which the
+    loop reads between two updates; a second one acts at once."""
 
-    def __init__(self, run_dir: Path, args: Args, step: int, updates: int, seconds: float):
-        self.path, self.rows, self.wandb = run_dir / "metrics.csv", [], None
-        self.first_step, self.first_updates, self.first_time = step, updates, time.time()
+    def __init__(self, args: Args, device, demos, parts: dict, policy: tuple):
+        self.args, self.device, self.demos, self.policy = args, device, demos, policy
+        self.pretrain, self.total, self.signum = args.total_updates, 0, 0  # all of it is on demonstrations alone
+        self.env_id, self.evaluated = args.env_id or demos.env_id, args.env_id is not None and args.eval_every > 0
+        self.temperature = 1.0 if args.objective == "bc" else args.temperature  # of the policy that is learned
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        name = args.run_name or f"{self.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        self.open_directory(Path(args.out_dir) / name)
+        self.random = random_return(args) if self.evaluated else np.nan
+        self.every = args.eval_every or max(1, args.total_updates // 20)  # updates between rows of metrics.csv
+        self.terms, self.returns, self.frames = {}, None, [] if args.capture_video else None
+        self.bar = tqdm(total=self.pretrain, initial=self.updates, unit="update", disable=None,
+                        desc=f"{args.objective} {demos.env_id}")
+
+    def open_directory(self, path: Path) -> None:
+        """Make it, or go on from its checkpoint. Raises BadInput."""
+        self.dir, self.rows, self.wandb, args = path, [], None, self.args
+        self.step, self.updates, seconds = 0, 0, 0.0
+        if args.resume:
+            try:
+                stored = torch.load(path / "checkpoint.pt", map_location=self.device, weights_only=True)
+                for name, part in self.parts.items():
+                    part.load_state_dict(stored[name])
+                torch.set_rng_state(stored["rng"].cpu())
+                self.step, self.updates, seconds = stored["step"], stored["updates"], stored["seconds"]
+            except (*UNREADABLE, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+                raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
+                               f"({type(error).__name__})") from None
+        else:
+            check(not path.exists(), f"--run-name: {path} exists already; take another name, or --resume {path}")
+            try:
+                path.mkdir(parents=True)
+            except OSError as error:
+                raise BadInput(f"--out-dir {args.out_dir}: {error}") from None
+            shutil.copy(__file__, path)
+        (path / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+        self.first_step, self.first_updates, self.first_time = self.step, self.updates, time.time()
         self.start = self.first_time - seconds
-        if args.resume and self.path.exists():  # rows after the checkpoint are dropped, to be written anew
-            with open(self.path) as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["updates"]) <= updates]
+        if args.resume and (path / "metrics.csv").exists():  # rows after the checkpoint are dropped, to be written anew
+            rows = csv.DictReader((path / "metrics.csv").read_text().splitlines())
+            self.rows = [row for row in rows if int(row["updates"]) <= self.updates]
         if args.track:
             import wandb
 
-            self.wandb = wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args),
-                                    name=run_dir.name, dir=run_dir)
+            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=path.name,
+                       dir=path)
+            self.wandb = wandb
 
-    def log(self, step: int, updates: int, returns: np.ndarray | None, terms: dict[str, torch.Tensor]) -> None:
-        mean, std = (returns.mean(), returns.std()) if returns is not None else (np.nan, np.nan)
-        now = time.time()
-        count, first = (step, self.first_step) if step else (updates, self.first_updates)  # before play: updates
-        row = {"step": step, "updates": updates, "eval_return_mean": round(float(mean), 4),
+    def __enter__(self):
+        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_):
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+
+    def receive(self, signum, _frame):
+        self.signum = signum
+        self.__exit__()
+
+    def running(self) -> bool:
+        return not self.signum and (self.updates < self.pretrain or self.step < self.total)
+
+    def tick(self, clock: int, steps: int) -> None:
+        """`steps` more on `clock` (steps, before play updates): move the bar, report and save where that is due."""
+        self.bar.update(steps)
+        if clock % self.every < steps and self.running():
+            self.report()
+        if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
+            self.save()
+
+    def report(self, last: bool = False) -> None:
+        """Evaluate and write a row; nothing when a signal came before or comes meanwhile."""
+        self.check_finite()
+        if self.evaluated and not self.signum:
+            self.returns = evaluate(*self.policy, self.args, self.device, self, self.frames if last else None)
+        if self.signum:
+            return
+        held = holdout_terms(*self.policy, self.demos.holdout, self.temperature) if self.demos.holdout else {}
+        terms = {name: float(term) for name, term in (self.terms | held).items()}
+        updates, now = self.updates, time.time()
+        mean, std = (self.returns.mean(), self.returns.std()) if self.returns is not None else (np.nan, np.nan)
+        row = {"step": 0, "updates": updates, "eval_return_mean": round(float(mean), 4),
                "eval_return_std": round(float(std), 4),
-               "steps_per_second": round((count - first) / (now - self.first_time), 1),
-               "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in terms.items()}
-        self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
+               "steps_per_second": round((updates - self.first_updates) / (now - self.first_time), 1),
+               "seconds": round(now - self.start, 1)} | terms
+        self.rows = [old for old in self.rows if int(old["updates"]) < updates] + [row]
         names = dict.fromkeys(name for r in self.rows for name in r)
-        with open(self.path, "w", newline="") as file:
+        with open(self.dir / "metrics.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, names, restval="nan")
             writer.writeheader()
             writer.writerows(self.rows)
         if self.wandb:
             self.wandb.log(row, step=updates)
+        shown = {name: value for name, value in terms.items() if name == "loss" or name in held}
+        if self.returns is not None:
+            shown |= {"eval_return": mean, "sd": std}
+        self.bar.write(f"update {updates}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
 
-    def close(self, video: Path | None) -> None:
+    def check_finite(self) -> None:
+        """SystemExit 1 unless the last terms and the networks are finite."""
+        parameters = [x for name in ("network", "actor") if name in self.parts for x in self.parts[name].parameters()]
+        if not all(bool(torch.isfinite(x).all()) for x in (*self.terms.values(), *parameters)):
+            print(f"{SCRIPT}.py: training is not finite after {self.updates} updates; a smaller --learning-rate "
+                  "(continuous actions: --critic-lr and --actor-lr) or a larger --temperature helps; the last "
+                  f"checkpoint in {self.dir}, if any, is kept", file=sys.stderr)
+            raise SystemExit(1)
+
+    def save(self) -> None:
+        self.check_finite()
+        save_atomically({name: part.state_dict() for name, part in self.parts.items()} |
+                        {"rng": torch.get_rng_state(), "step": self.step, "updates": self.updates,
+                         "seconds": time.time() - self.start}, self.dir / "checkpoint.pt")
+
+    def finish(self, model: dict) -> Path:
+        """Save the model and the video, and print the last line; SystemExit where a signal stopped the run."""
+        args, expert = self.args, self.demos.expert_return
+        if args.save_model:
+            about = {"temperature": self.temperature, "gamma": args.gamma, "args": asdict(args),
+                     "expert_return": expert, "random_return": self.random}
+            save_atomically({"script": SCRIPT, "env_id": self.env_id} | model | about, self.dir / "model.pt")
+        if self.frames:
+            video = self.dir / "videos" / f"update_{self.updates}.mp4"
+            write_video(self.frames, 30, video)
+            if self.wandb:  # gymnasium no longer uploads videos by itself
+                self.wandb.log({"video": self.wandb.Video(str(video))})
         if self.wandb:
-            if video:  # gymnasium no longer uploads videos by itself
-                import wandb
-
-                self.wandb.log({"video": wandb.Video(str(video))})
             self.wandb.finish()
+        if self.signum:
+            print(f"stopped at update {self.updates}; to continue: python {SCRIPT}.py --resume {self.dir}", flush=True)
+            raise SystemExit(128 + self.signum)
+        if not self.evaluated and args.save_model:
+            print(f"not evaluated; where the environment is installed: python {SCRIPT}.py --evaluate "
+                  f"{self.dir / 'model.pt'} --env-id {self.env_id}")
+        seconds = time.time() - self.start
+        print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
+        return self.dir
 
 
 def make_update(network, target, actor, average, optimizer, actor_optimizer, args: Args):
@@ -926,8 +1006,7 @@ def train(args: Args) -> Path:
     validate(args)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    evaluated = args.env_id is not None and args.eval_every > 0
-    if args.capture_video and evaluated:
+    if args.capture_video and args.env_id is not None and args.eval_every:
         make_envs(args, 1, "rgb_array").close()
     demos = load_demonstrations(args, env_spaces(args), device)
     obs_shape, num_actions, action_low, action_high = demos.spaces
@@ -948,118 +1027,40 @@ def train(args: Args) -> Path:
     args = replace(args, target_rate=args.target_rate if args.target_rate is not None else 0.0 if num_actions else 0.005)
     target = deepcopy(network) if args.target_rate else None
     average = deepcopy(actor or network) if args.average_rate else None  # DEVIATION: the paper has the last iterate
-    policy = average or actor or network  # what is evaluated and saved
-    saved_network, saved_actor = (network, policy) if actor else (policy, None)
+    # What is evaluated and saved.
+    saved_network, saved_actor = (network, average or actor) if actor else (average or network, None)
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.learning_rate if num_actions else args.critic_lr,
                                   weight_decay=args.weight_decay, fused=True)
     actor_optimizer = torch.optim.AdamW(actor.parameters(), lr=args.actor_lr, weight_decay=args.weight_decay,
                                         fused=True) if actor else None
-    temperature = 1.0 if args.objective == "bc" else args.temperature  # of the policy that is learned
-    n, total = args.batch_size, args.total_updates
+    n = args.batch_size
     update = make_update(network, target, actor, average, optimizer, actor_optimizer, args)
 
-    state = {"network": network, "target": target, "actor": actor, "average": average, "optimizer": optimizer,
+    parts = {"network": network, "target": target, "actor": actor, "average": average, "optimizer": optimizer,
              "actor_optimizer": actor_optimizer}
-    state = {name: part for name, part in state.items() if part is not None}
-    name = args.run_name or f"{(args.env_id or demos.env_id).replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.out_dir) / name
-    updates, seconds = 0, 0.0
-    if args.resume:
-        try:
-            stored = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
-            for name, part in state.items():
-                part.load_state_dict(stored[name])
-            torch.set_rng_state(stored["rng"].cpu())
-            updates, seconds = stored["updates"], stored["seconds"]
-        except (*UNREADABLE, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-            raise BadInput(f"--resume {run_dir}: its checkpoint.pt is not one of this run "
-                           f"({type(error).__name__})") from None
-    else:
-        check(not run_dir.exists(), f"--run-name: {run_dir} exists already; take another name, or --resume {run_dir}")
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as error:
-            raise BadInput(f"--out-dir {args.out_dir}: {error}") from None
-        shutil.copy(__file__, run_dir)
-    (run_dir / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
-    metrics = Metrics(run_dir, args, 0, updates, seconds)
-    random = random_return(args) if evaluated else np.nan
-    every = args.eval_every or max(1, total // 20)  # updates between rows of metrics.csv
-    terms, returns, frames = {}, None, [] if args.capture_video else None
-
-    def report(frames=None):
-        """Evaluate and write a row; nothing when a signal comes meanwhile."""
-        nonlocal returns
-        check_finite()
-        returns = evaluate(saved_network, saved_actor, args, device, stop, frames) if evaluated else None
-        if stop.signum:
-            return
-        held = holdout_terms(saved_network, saved_actor, demos.holdout, temperature) if demos.holdout else {}
-        metrics.log(0, updates, returns, terms | held)
-        shown = {name: float(term) for name, term in terms.items() if name == "loss"}
-        shown |= {name: float(term) for name, term in held.items()}
-        shown |= {"eval_return": returns.mean(), "sd": returns.std()} if returns is not None else {}
-        bar.write(f"update {updates}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
-
-    def check_finite():
-        parameters = [x for part in (network, actor) if part is not None for x in part.parameters()]
-        if not all(bool(torch.isfinite(x).all()) for x in (*terms.values(), *parameters)):
-            print(f"{SCRIPT}.py: training is not finite after {updates} updates; a smaller --learning-rate (continuous "
-                  "actions: --critic-lr and --actor-lr) or a larger --temperature helps; the last checkpoint in "
-                  f"{run_dir}, if any, is kept", file=sys.stderr)
-            raise SystemExit(1)
-
-    def save():
-        check_finite()
-        save_atomically({name: part.state_dict() for name, part in state.items()} |
-                        {"rng": torch.get_rng_state(), "step": 0, "updates": updates,
-                         "seconds": time.time() - metrics.start}, run_dir / "checkpoint.pt")
-
-    bar = tqdm(total=total, initial=updates, unit="update", disable=None, desc=f"{args.objective} {demos.env_id}")
-    with StopSignal() as stop, bar:
-        while not stop.signum and updates < total:
+    run = Run(args, device, demos, parts, (saved_network, saved_actor))
+    with run, run.bar:
+        while run.running():
             initial = demos.initial_obs
             if args.value_loss == "v0":
                 initial = initial[torch.randint(len(initial), (n,), device=device)]
-            terms = update(draw(demos, n), initial)
-            updates += 1
-            bar.update()
-            if updates % every == 0 and updates < total:
-                report()
-            if args.checkpoint_every and updates % args.checkpoint_every == 0:
-                save()
-        if not stop.signum:
-            report(frames)
-        save()
-    if args.save_model:
-        save_atomically({"script": SCRIPT, "env_id": args.env_id or demos.env_id, "network": saved_network.state_dict(),
-                         "sizes": network.sizes, "actor": saved_actor and saved_actor.state_dict(),
-                         "actor_sizes": actor and actor.sizes, "temperature": temperature, "gamma": args.gamma,
-                         "args": asdict(args), "expert_return": demos.expert_return, "random_return": random},
-                        run_dir / "model.pt")
-    if frames:
-        write_video(frames, 30, run_dir / "videos" / f"update_{updates}.mp4")
-    metrics.close(run_dir / "videos" / f"update_{updates}.mp4" if frames else None)
-    if stop.signum:
-        print(f"stopped at update {updates}; to continue: python {SCRIPT}.py --resume {run_dir}", flush=True)
-        raise SystemExit(128 + stop.signum)
-    if not evaluated and args.save_model:
-        print(f"not evaluated; where the environment is installed: python {SCRIPT}.py --evaluate {run_dir / 'model.pt'} "
-              f"--env-id {args.env_id or demos.env_id}")
-    seconds = time.time() - metrics.start
-    print(final_line(returns, demos.expert_return, random, 0, updates, seconds, run_dir), flush=True)
-    return run_dir
+            run.terms = update(draw(demos, n), initial)
+            run.updates += 1
+            run.tick(run.updates, 1)
+        run.report(last=True)
+        run.save()
+    return run.finish({"network": saved_network.state_dict(), "sizes": network.sizes,
+                       "actor": saved_actor and saved_actor.state_dict(), "actor_sizes": actor and actor.sizes})
 
 
 def play(args: Args) -> None:
     """Evaluate a saved model in `--env-id`, or in the environment of its demonstrations, and print the final line."""
-    _, _, saved = load_model(args.evaluate)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    network, actor, saved = load_model(args.evaluate, device)
     args = replace(args, env_id=args.env_id or saved["env_id"])
     validate(args)
     check(env_name(args.env_id) == env_name(saved["env_id"]) or saved["env_id"] == "unknown",
           f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    network, actor, _ = load_model(args.evaluate, device)
     spaces = env_spaces(replace(args, eval_every=1))  # here it must be installed
     own = (tuple(network.sizes["obs_shape"]), network.sizes["num_actions"], network.sizes["action_dim"])
     check((spaces.obs_shape, spaces.num_actions, len(spaces.action_low)) == own,

@@ -10,13 +10,14 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("iq_*.py"))
 PAIRS = list(itertools.combinations(SCRIPTS, 2))
 SECTIONS = ["Args", "Environment", "Networks", "Demonstrations and replay", "IQ objective", "Evaluate", "Train"]
 
-# Functions and classes of which the scripts have several versions on purpose: who shares which, and why.
+# Functions, methods and classes of which the scripts have several versions on purpose: who shares which, and why.
 VERSIONS = {
     "env_name": ("atari | continuous discrete ilo offline", "Atari ids carry NoFrameskip"),
     "parse_args": ("atari discrete ilo | continuous | offline", "--preset; offline --env-id may be left out"),
     "validate": ("atari | continuous | discrete | ilo | offline", "other flags"),
     "make_envs": ("atari | continuous | discrete | ilo | offline", "the action spaces and switches of each setting"),
-    "QNetwork": ("atari | continuous | discrete | ilo | offline", "Q(s, ·) or Q(s, a); convolutions; any number of layers"),
+    "QNetwork.__init__": ("atari | continuous | discrete | ilo | offline", "convolutions; any number of layers"),
+    "QNetwork.forward": ("atari | continuous | discrete | ilo | offline", "Q(s, ·) or Q(s, a)"),
     "Demonstrations": ("atari | continuous discrete | ilo | offline", "frames kept once; no actions; held-out rows"),
     "read_minari": ("atari continuous discrete offline | ilo", "actions are not read"),
     "demonstrations_path": ("atari | continuous | discrete | ilo | offline", "grid, maze, two spellings of a game"),
@@ -24,7 +25,11 @@ VERSIONS = {
     "check_demonstrations": ("atari discrete | continuous | ilo | offline", "actions of real numbers, none, or either"),
     "load_demonstrations": ("atari | continuous | discrete | ilo | offline", "frames, scaled actions, none, held-out rows"),
     "draw": ("atari | continuous discrete offline | ilo", "stacks are rebuilt from frames; rows without actions"),
-    "Replay": ("atari | continuous discrete ilo", "single frames"),
+    "Replay.__init__": ("atari | continuous discrete ilo", "single frames, a ring for each environment"),
+    "Replay.add": ("atari | continuous discrete ilo", "one frame, whose observation came before"),
+    "Replay.sample": ("atari | continuous discrete ilo", "stacks are rebuilt from frames"),
+    "Replay.state_dict": ("atari | continuous discrete ilo", "rings"),
+    "Replay.load_state_dict": ("atari | continuous discrete ilo", "rings"),
     "soft_value": ("atari discrete offline | continuous", "a sample of the actor, no sum over actions"),
     "implied_reward": ("atari discrete | continuous | ilo | offline", "the actor's V(s')"),
     "iq_loss": ("atari | continuous | discrete | ilo | offline", "each setting's own"),
@@ -33,11 +38,16 @@ VERSIONS = {
     "evaluate": ("atari | continuous ilo | discrete | offline", "who acts; grey video frames"),
     "random_return": ("atari continuous discrete ilo | offline", "--env-id may be left out"),
     "load_model": ("atari discrete | continuous | ilo | offline", "the networks it holds"),
+    "Run.__init__": ("atari continuous discrete ilo | offline", "no steps; --env-id may be left out"),
+    "Run.report": ("atari continuous discrete ilo | offline", "no steps; held-out rows"),
+    "Run.check_finite": ("atari discrete | continuous | ilo | offline", "networks; actions too; the flags that help"),
+    "Run.finish": ("atari continuous discrete ilo | offline", "updates, not steps; the environment may be missing"),
     "make_update": ("atari | continuous | discrete | ilo | offline", "the networks that step"),
     "train": ("atari | continuous | discrete | ilo | offline", "each setting's own"),
     "play": ("atari | continuous | discrete | ilo | offline", "switches of the environment; networks"),
     "mlp": ("continuous ilo | offline", "LayerNorm; any number of layers"),
-    "Actor": ("continuous | offline", "any number of layers"),
+    "Actor.__init__": ("continuous | offline", "any number of layers"),
+    "Actor.forward": ("continuous | offline", "statistics of its own"),
     "actor_loss": ("continuous | ilo | offline", "a policy of either kind; cloning on expert rows"),
     "gradient_penalty": ("discrete | offline", "pairs of expert rows; the actor"),
 }
@@ -74,13 +84,17 @@ FIELD_VERSIONS = {
 
 
 def definitions(script: str) -> dict[str, str]:
-    """Source of each top-level function and class, without docstring, layout and comments."""
+    """Source of each top-level function, method, and class without its methods; no docstring, layout and comments."""
     found = {}
     for node in ast.parse((ROOT / script).read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "Args":
             for part in ast.walk(node):
                 if isinstance(part, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(part) is not None:
                     part.body = part.body[1:] or [ast.Pass()]
+            if isinstance(node, ast.ClassDef):
+                methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+                found |= {f"{node.name}.{method.name}": ast.unparse(method) for method in methods}
+                node.body = [part for part in node.body if part not in methods] or [ast.Pass()]
             found[node.name] = ast.unparse(node)
     return found
 
