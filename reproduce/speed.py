@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 import iq_atari
 import iq_continuous
 import iq_discrete
+import iq_ilo
 import iq_offline
 
 FOLDER = Path(__file__).resolve().parent
@@ -122,6 +123,25 @@ def bare_actor_critic_seconds(args: iq_continuous.Args, obs_size: int, num_actio
     return (time.perf_counter() - start) / updates
 
 
+def bare_observations_seconds(args: iq_ilo.Args, obs_size: int, num_actions: int, updates: int) -> float:
+    """Seconds for the passes of one update from observations on rows in place, discrete actions: inverse dynamics on
+    the agent's rows with its step and on the expert's, critic on s and s' of both with its step."""
+    n, size = args.batch_size, ((obs_size,), num_actions, True, args.hidden_size)
+    idm, critic = iq_ilo.InverseDynamics(*size), iq_ilo.QNetwork(*size, args.layer_norm)
+    optimizers = [torch.optim.Adam(network.parameters(), lr=1e-4, fused=True) for network in (idm, critic)]
+    obs, both = torch.rand(n, obs_size), torch.rand(4 * n, obs_size)
+    for i in range(updates + updates // 10):
+        if i == updates // 10:
+            start = time.perf_counter()
+        for optimizer, loss in zip(optimizers, (lambda: idm(obs, obs), lambda: critic.each(both))):
+            optimizer.zero_grad(set_to_none=True)
+            loss().square().mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            idm(obs, obs)
+    return (time.perf_counter() - start) / updates
+
+
 def cases():
     """name, script, settings, observation shape, batch rows of one update, updates in a round."""
     cartpole = iq_discrete.Args(eval_every=0, checkpoint_every=0, save_model=False, num_demos=10, total_timesteps=3000)
@@ -132,6 +152,9 @@ def cases():
         yield name, iq_continuous, cheetah, (17,), None, 300
     offline = iq_offline.Args(env_id="CartPole-v1", eval_every=0, checkpoint_every=0, save_model=False, total_updates=3000)
     yield "CartPole, offline", iq_offline, offline, (4,), offline.batch_size, 3000
+    states = iq_ilo.Args(checkpoint_every=0, save_model=False,
+                         **iq_ilo.SETTINGS["CartPole"] | {"eval_every": 0, "total_timesteps": 3500})
+    yield "CartPole, observations only", iq_ilo, states, (4,), None, 3000
     for name, change in (("Pong, demonstrations alone", {"pretrain_updates": 60, "total_timesteps": 0}),
                          ("Pong, online", {"pretrain_updates": 0, "total_timesteps": 480, "num_envs": 8,
                                            "updates_per_step": 0.125, "buffer_size": 2000, "chi2_rows": "both",
@@ -170,6 +193,8 @@ def main():
         for _ in range(ROUNDS):
             if module is iq_continuous:
                 bare.append(bare_actor_critic_seconds(args, *shape, 6, updates))
+            elif module is iq_ilo:
+                bare.append(bare_observations_seconds(args, *shape, 2, updates))
             else:
                 network = iq_atari.QNetwork(6) if module is iq_atari else module.QNetwork(shape, 2)
                 if module is iq_atari:
