@@ -23,6 +23,13 @@ def bundled(tasks) -> tuple[str, ...]:
     return tuple(task for task in tasks if (ROOT / "demos" / f"{task}.npz").is_file())
 
 
+def code_commit() -> str:
+    """The commit of the code that runs, `-dirty` where a script or a demonstration differs from it (results may)."""
+    commit = subprocess.run(["git", "describe", "--always"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py", "*.npz"], cwd=ROOT).returncode
+    return commit + "-dirty" * bool(changed)
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a csv file, none if it is not there."""
     if not path.exists():
@@ -47,7 +54,7 @@ def run_all(jobs: list[tuple[dict, str]], path: Path, after=None, cores: tuple[i
         after: called with the run's directory for further columns.
         cores: that take a run each, at a time.
     """
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    commit = code_commit()
     rows, lock = read_rows(path), threading.Lock()
     done = {tuple(row[name] for name in labels) for labels, _ in jobs for row in rows if labels.keys() <= row.keys()}
     todo = [(labels, command) for labels, command in jobs if tuple(map(str, labels.values())) not in done]
@@ -70,7 +77,7 @@ def run_all(jobs: list[tuple[dict, str]], path: Path, after=None, cores: tuple[i
         with lock:
             run_dir = ROOT / row.pop("run_dir")
             row |= after(run_dir) if after else {}
-            rows.append(labels | row | {"commit": commit.stdout.strip(), "command": f"python {command}"})
+            rows.append(labels | row | {"commit": commit, "command": f"python {command}"})
             write_rows(path, rows)
             bar.update()
 

@@ -6,7 +6,6 @@ One run of `iq_continuous.py` from one trajectory; its policy is kept at every e
 episodes with its own noise. The implied reward is that of the final critic. Writes figure12_rewards.csv, a row for each
 episode, figure12_rewards.md with the correlations, and figure12_rewards.png.
 """
-import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -15,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from common import ROOT, read_rows, write_rows
+from common import ROOT, code_commit, read_rows, write_rows
 from scipy.stats import pearsonr, spearmanr
 
 sys.path.insert(0, str(ROOT))
@@ -87,7 +86,7 @@ def main(seed: int = 101, episodes: int = 10, total_timesteps: int = 30_000, eve
     policies, actor, critic, saved = train_and_keep_policies(args)
     env, rows, steps = gym.make("Hopper-v5"), [], []
     torch.manual_seed(seed)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    commit = code_commit()
     for i, (policy, evaluated) in enumerate(policies):
         for episode in range(episodes):
             transitions, true = play(policy, env, 1_000_000 + 1_000 * i + episode)
@@ -97,7 +96,7 @@ def main(seed: int = 101, episodes: int = 10, total_timesteps: int = 30_000, eve
             steps.append(np.stack([implied.numpy(), true], 1))
             rows.append({"policy_at_step": (i + 1) * every, "evaluated": round(float(evaluated), 1), "length": len(true),
                          "true": round(float(true.sum()), 3), "implied": round(float(implied.sum()), 4),
-                         "commit": commit.stdout.strip(), "command": f"python reproduce/figure12_rewards.py --seed {seed}"})
+                         "commit": commit, "command": f"python reproduce/figure12_rewards.py --seed {seed}"})
     write_rows(FOLDER / "figure12_rewards.csv", rows)
     text = correlations(read_rows(FOLDER / "figure12_rewards.csv"), np.concatenate(steps))
     (FOLDER / "figure12_rewards.md").write_text(text)

@@ -7,7 +7,6 @@ its rank correlation with the negative length of the shortest way to the goal, o
 of an ordinary soft actor-critic (stable_baselines3) that is trained on this reward alone, in the same maze and with the
 barrier moved to the other side. Writes figure5_maze.csv, .md and .png; a second call goes on where the csv stops.
 """
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from common import ROOT, mean_sd, read_rows, write_rows
+from common import ROOT, code_commit, mean_sd, read_rows, write_rows
 
 sys.path.insert(0, str(ROOT))
 import iq_ilo
@@ -117,7 +116,6 @@ def main(seeds: tuple[int, ...] = (101, 102, 103), sac_steps: int = 8_000, flags
     from scipy.stats import spearmanr
 
     path, states, maze = FOLDER / "figure5_maze.csv", plane(), iq_ilo.PointMaze()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     rows = read_rows(path)
     for seed in seeds:
         run_dir = ROOT / "runs" / f"figure5_{seed}"
@@ -147,7 +145,7 @@ def main(seeds: tuple[int, ...] = (101, 102, 103), sac_steps: int = 8_000, flags
                     row[f"{kind}_{name}"] = sac_return(model, reward, barrier, seed, sac_steps, learned)
                     print(f"{kind}_{name}: {row[f'{kind}_{name}']:.2f}", flush=True)
         rows = [r for r in rows if r["seed"] != str(seed)]  # one without soft actor-critic is replaced
-        rows.append(row | {"sac_steps": sac_steps, "commit": commit.stdout.strip(), "command": f"python {command}"})
+        rows.append(row | {"sac_steps": sac_steps, "commit": code_commit(), "command": f"python {command}"})
         write_rows(path, rows)
         rows = read_rows(path)
         draw(model, reward, FOLDER / "figure5_maze.png")
