@@ -67,7 +67,8 @@ def table(rows: list[dict]) -> str:
                       for method in METHODS)
             if len(iq) == len(bc) == len(SEEDS):
                 digits = 3 if "GridWorld" in task else 1
-                grid = [mean_sd(iq, name, 2) for name in ("success", "distance_ratio")] if iq[0].get("success") else ["", ""]
+                grid = [mean_sd([r for r in iq if r[name] != "nan"], name, 2) if iq[0].get(name) else ""  # nan: no success
+                        for name in ("success", "distance_ratio")]
                 lines.append(f"| {task} | {n or 'all'} | {mean_sd(iq, 'eval_return', digits)} | "
                              f"{mean_sd(bc, 'eval_return', digits)} | {mean_sd(iq, 'expert', digits)} | "
                              f"{mean_sd(iq, 'random', digits)} | {mean_sd(iq, 'normalized', 3)} | {iq[0]['steps']} | "
