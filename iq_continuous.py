@@ -55,7 +55,8 @@ RANDOM_RETURN = {"Hopper": 15.4, "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": 
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
     "Hopper": {"gamma": 0.97, "temperature": 0.1, "total_timesteps": 40_000},
-    "Walker2d": {"pretrain_updates": 5_000, "cloning_weight": 0.05, "total_timesteps": 60_000},  # cloning fades by 50,000
+    "Walker2d": {"pretrain_updates": 5_000, "cloning_weight": 0.05,  # cloning fades by 50,000
+                 "anneal_lr": 0.5, "total_timesteps": 120_000},
     "Ant": {"obs_dims": 27},  # without the contact forces: 3,498 instead of 127 at 20,000 steps (seed 1)
     "Pendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
     "InvertedPendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
@@ -106,6 +107,7 @@ class Args:
     # Optimisation
     actor_lr: float = 3e-5  # of Adam, actor
     critic_lr: float = 3e-4  # of Adam, critic
+    anneal_lr: float = 0.0  # share of the run, its last, over which both fall linearly to zero; 0: none
     batch_size: int = 128  # expert rows, and as many policy rows
     buffer_size: int = 1_000_000  # transitions of the agent's own that are kept
     updates_per_step: float = 1.0  # gradient updates per environment step
@@ -188,7 +190,7 @@ def validate(args: Args) -> None:
         "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "actor_lr critic_lr updates_per_step chi2_alpha"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
-        "from 0 to 1": (lambda x: 0 <= x <= 1, "average_rate"),
+        "from 0 to 1": (lambda x: 0 <= x <= 1, "average_rate anneal_lr"),
         "above 0 and at most 1": (lambda x: 0 < x <= 1, "target_rate"),
     }
     for rule, (holds, names) in rules.items():
@@ -901,8 +903,9 @@ def train(args: Args) -> Path:
     target = deepcopy(critic)
     average = deepcopy(actor) if args.average_rate else None  # DEVIATION: the paper has the last iterate
     policy = average or actor  # what is evaluated and saved
-    optimizers = [torch.optim.Adam(network.parameters(), lr=lr, fused=True)
-                  for network, lr in ((actor, args.actor_lr), (critic, args.critic_lr))]
+    learning_rates = (args.actor_lr, args.critic_lr)  # tensors, so that a compiled update follows them
+    optimizers = [torch.optim.Adam(network.parameters(), lr=torch.tensor(lr, device=device), fused=True)
+                  for network, lr in zip((actor, critic), learning_rates)]
     pretrain, total, n = args.pretrain_updates, args.total_timesteps, args.batch_size
     starts = min(args.learning_starts, total // 10)  # so that a short run trains too
     replay = Replay(args.buffer_size if total else 1, [(obs_shape, torch.float32), (action_space.shape, torch.float32),
@@ -935,6 +938,10 @@ def train(args: Args) -> Path:
                            torch.as_tensor(terminated, dtype=torch.float32, device=device))
                 obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
                 run.step += args.num_envs
+                if args.anneal_lr:  # DEVIATION: the paper's are constant
+                    left = max(0.0, 1 - run.step / total)
+                    for optimizer, lr in zip(optimizers, learning_rates):
+                        optimizer.param_groups[0]["lr"].fill_(lr * min(1.0, left / args.anneal_lr))
 
             due = max(0, run.step - starts) * args.updates_per_step if playing else run.updates + 1 - pretrain
             while run.updates < pretrain + int(due):

@@ -109,6 +109,7 @@ class Args:
     # Optimisation
     actor_lr: float = 3e-5  # of Adam, actor
     critic_lr: float = 3e-4  # of Adam, critic
+    anneal_lr: float = 0.0  # share of the run, its last, over which both fall linearly to zero; 0: none
     idm_lr: float = 1e-3  # of Adam, inverse-dynamics model
     batch_size: int = 128  # expert rows, and as many policy rows
     buffer_size: int = 1_000_000  # transitions of the agent's own that are kept
@@ -187,7 +188,7 @@ def validate(args: Args) -> None:
         "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "actor_lr critic_lr idm_lr updates_per_step chi2_alpha"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
-        "from 0 to 1": (lambda x: 0 <= x <= 1, "target_rate average_rate"),
+        "from 0 to 1": (lambda x: 0 <= x <= 1, "target_rate average_rate anneal_lr"),
     }
     for rule, (holds, names) in rules.items():
         for name in names.split():
@@ -1139,10 +1140,11 @@ def train(args: Args) -> Path:
     average = deepcopy(policy) if args.average_rate else None  # DEVIATION: the paper has the last iterate
     average_critic = deepcopy(critic) if args.average_rate else None
     acting, judging = average or policy, average_critic or critic  # what is evaluated and saved
-    learned = {"critic": (critic, args.critic_lr), "actor": (None if discrete else policy, args.actor_lr),
-               "idm": (idm, args.idm_lr)}
-    optimizers = {name: torch.optim.Adam(network.parameters(), lr=lr, fused=True) if network is not None else None
-                  for name, (network, lr) in learned.items()}
+    learned = {"critic": critic, "actor": None if discrete else policy, "idm": idm}
+    learning_rates = {"critic": args.critic_lr, "actor": args.actor_lr, "idm": args.idm_lr}
+    # The rates are tensors, so that a compiled update follows them.
+    optimizers = {name: network and torch.optim.Adam(network.parameters(), torch.tensor(learning_rates[name], device=device),
+                                                     fused=True) for name, network in learned.items()}
     total, n = args.total_timesteps, args.batch_size
     starts = min(args.learning_starts, total // 2)  # so that a short run trains too
     kind = ((), torch.int64) if discrete else (action_space.shape, torch.float32)
@@ -1175,6 +1177,10 @@ def train(args: Args) -> Path:
                        torch.as_tensor(terminated, dtype=torch.float32, device=device))
             obs = torch.as_tensor(next_obs, dtype=torch.float32, device=device)
             run.step += args.num_envs
+            if args.anneal_lr:  # DEVIATION: the paper's are constant
+                left = max(0.0, 1 - run.step / total)
+                for name in ("critic",) if discrete else ("critic", "actor"):
+                    optimizers[name].param_groups[0]["lr"].fill_(learning_rates[name] * min(1.0, left / args.anneal_lr))
 
             due = max(0, run.step - starts) * args.updates_per_step
             while run.updates < int(due):
