@@ -454,6 +454,21 @@ def test_a_resumed_run_goes_on_as_one_that_was_not_stopped(tmp_path):
     assert str(rows_of(whole)) == str(rows_of(part))
 
 
+@pytest.mark.parametrize("env_id, annealed", [("CartPole-v1", ["critic"]), ("Pendulum-v1", ["critic", "actor"])])
+def test_learning_rates_fall_to_zero_but_for_the_inverse_dynamics(env_id, annealed, tmp_path, monkeypatch):
+    rates, tick = [], iq_ilo.Run.tick
+
+    def noted(self, *clock):
+        rates.append([self.parts[f"{name}_optimizer"].param_groups[0]["lr"].item() for name in (*annealed, "idm")])
+        tick(self, *clock)
+
+    monkeypatch.setattr(iq_ilo.Run, "tick", noted)
+    train(tmp_path, "run", "--env-id", env_id, "--total-timesteps", "100", "--anneal-lr", "0.5", "--actor-lr", "0.01",
+          "--critic-lr", "0.01", "--idm-lr", "0.01")
+    for step, (*own, idm) in zip(range(1, 101), rates, strict=True):
+        assert own == pytest.approx([0.01 * min(1, 2 - step / 50)] * len(annealed), abs=1e-8) and idm == pytest.approx(0.01)
+
+
 @pytest.mark.parametrize("env_id", ENVIRONMENTS)
 def test_training_moves_every_parameter(env_id, tmp_path):
     run_dir = train(tmp_path, "run", "--env-id", env_id, "--eval-every", "0")

@@ -457,6 +457,23 @@ def test_the_cloning_weight_fades_to_zero(command, monkeypatch):
     assert weights == pytest.approx([0.5 * max(0, 1 - step / 100) for step in range(21, 301)])
 
 
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_learning_rates_fall_to_zero_over_the_last_share_of_the_run(share, command, tmp_path, monkeypatch):
+    rates, tick = [], iq_continuous.Run.tick
+
+    def noted(self, *clock):
+        rates.append([self.parts[f"{name}_optimizer"].param_groups[0]["lr"].item() for name in ("actor", "critic")])
+        tick(self, *clock)
+
+    monkeypatch.setattr(iq_continuous.Run, "tick", noted)
+    flags = ("--anneal-lr", str(share), "--actor-lr", "0.002", "--critic-lr", "0.004", "--eval-every", "0", "--num-envs", "7")
+    assert iq_continuous.main(command("iq_continuous", *flags)) == 0
+    assert iq_continuous.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "700"]) == 0
+    expected = [min(1, max(0, 1 - step / total) / share) for first, total in ((7, 300), (308, 700))
+                for step in range(first, total + 7, 7)]  # a longer run raises them again
+    np.testing.assert_allclose(rates, np.outer(expected, [0.002, 0.004]), rtol=1e-4, atol=1e-9)
+
+
 def test_cloning_steps_no_environment(command, tmp_path, monkeypatch):
     monkeypatch.setattr(gym.vector.SyncVectorEnv, "step", lambda *_: pytest.fail("stepped"))
     assert iq_continuous.main(command("iq_continuous", "--total-timesteps", "0", "--pretrain-updates", "200", "--eval-every",
