@@ -28,25 +28,27 @@ PUBLISHED = {  # IQ-Learn, its expert, GAIL, DAC, ValueDICE: Table 3 of the pape
 }
 
 
-def fraction(rows: list[dict], name: str = "eval_return") -> str:
+def fraction(rows: list[dict], returns: list[str]) -> str:
     """Mean over seeds of the return over the return of the demonstrations used, and the least of them, in percent."""
-    values = 100 * np.array([float(r[name]) / float(r["expert"]) for r in rows])
-    return f"{values.mean():.0f} % ({values.min():.0f} %)"
+    values = 100 * np.array([float(own) / float(row["expert"]) for row, own in zip(rows, returns) if own])
+    return f"{values.mean():.0f} % ({values.min():.0f} %)" if len(values) else ""
 
 
 def table(rows: list[dict]) -> str:
     """Markdown: one line for each task and method, then the published numbers."""
-    lines = ["| task | method | return, mean ± sd over seeds | of the expert's, mean (least seed) | at 25k steps | expert | "
-             "random | seeds | steps | minutes, one core |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| task | method | return, mean ± sd over seeds | of the expert's, mean (least seed) | at 25k steps | at 50k | "
+             "at 100k | expert | random | seeds | steps | minutes, one core |", "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    curves = {(r["task"], r["method"], r["seed"], r["step"]): r["eval_return_mean"] for r in read_rows(CURVES)}
     for task in TASKS:
         for method in METHODS:
             own = [r for r in rows if (r["task"], r["method"]) == (task, method)]
             if own:
                 minutes = mean_sd([{"minutes": float(r["seconds"]) / 60} for r in own], "minutes", 0)
-                at_25k = fraction(own, "at_25k") if own[0].get("at_25k") else ""
-                lines.append(f"| {task} | {method} | {mean_sd(own, 'eval_return', 0)} | {fraction(own)} | {at_25k} | "
-                             f"{mean_sd(own, 'expert', 0)} | {float(own[0]['random']):.0f} | {len(own)} | "
-                             f"{own[0]['steps']} | {minutes} |")
+                returns = [[r["eval_return"] for r in own]] + [[curves.get((task, method, r["seed"], step)) for r in own]
+                                                               for step in ("25000", "50000", "100000")]
+                lines.append(f"| {task} | {method} | {mean_sd(own, 'eval_return', 0)} | "
+                             f"{' | '.join(fraction(own, of) for of in returns)} | {mean_sd(own, 'expert', 0)} | "
+                             f"{float(own[0]['random']):.0f} | {len(own)} | {own[0]['steps']} | {minutes} |")
     lines += ["", "| published, 500k steps | IQ-Learn | its expert | GAIL | DAC | ValueDICE |", "|---|---|---|---|---|---|"]
     lines += [f"| {task} | {' | '.join(map(str, numbers))} |" for task, numbers in PUBLISHED.items()]
     return "\n".join(lines) + "\n"
@@ -91,11 +93,10 @@ def main(cores: tuple[int, ...] = (0, 1), tasks: tuple[str, ...] = bundled(TASKS
 
     def after(run_dir: Path) -> dict:
         _, task, method, seed = run_dir.name.split("_")
-        curve = read_rows(run_dir / "metrics.csv")
         if method != "bc":
-            labels = {"task": task, "method": "iq, published settings" if "published" in method else method, "seed": seed}
-            keep_curve(CURVES, labels, run_dir)
-        return {f"at_{k}k": next((r["eval_return_mean"] for r in curve if r["step"] == f"{k}000"), "") for k in (25, 50)}
+            method = "iq, published settings" if "published" in method else method
+            keep_curve(CURVES, {"task": task, "method": method, "seed": seed}, run_dir)
+        return {}
 
     rows = run_all(jobs, FOLDER / "table3_mujoco.csv", after, cores)
     (FOLDER / "table3_mujoco.md").write_text(table(rows))
