@@ -36,8 +36,9 @@ def fraction(rows: list[dict], returns: list[str]) -> str:
 
 def table(rows: list[dict]) -> str:
     """Markdown: one line for each task and method, then the published numbers."""
-    lines = ["| task | method | return, mean ± sd over seeds | of the expert's, mean (least seed) | at 25k steps | at 50k | "
-             "at 100k | expert | random | seeds | steps | minutes, one core |", "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    names = ["task", "method", "return, mean ± sd over seeds", "of the expert's, mean (least seed)", "at 25k steps",
+             "at 50k", "at 100k", "expert", "random", "seeds", "steps", "minutes, one core"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     curves = {(r["task"], r["method"], r["seed"], r["step"]): r["eval_return_mean"] for r in read_rows(CURVES)}
     for task in TASKS:
         for method in METHODS:

@@ -466,8 +466,8 @@ def test_learning_rates_fall_to_zero_over_the_last_share_of_the_run(share, comma
         tick(self, *clock)
 
     monkeypatch.setattr(iq_continuous.Run, "tick", noted)
-    flags = ("--anneal-lr", str(share), "--actor-lr", "0.002", "--critic-lr", "0.004", "--eval-every", "0", "--num-envs", "7")
-    assert iq_continuous.main(command("iq_continuous", *flags)) == 0
+    flags = f"--anneal-lr {share} --actor-lr 0.002 --critic-lr 0.004 --eval-every 0 --num-envs 7"
+    assert iq_continuous.main(command("iq_continuous", *flags.split())) == 0
     assert iq_continuous.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "700"]) == 0
     expected = [min(1, max(0, 1 - step / total) / share) for first, total in ((7, 300), (308, 700))
                 for step in range(first, total + 7, 7)]  # a longer run raises them again
