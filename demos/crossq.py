@@ -1,8 +1,11 @@
 """Trained experts for the MuJoCo tasks: CrossQ of sbx-rl, until the mean return is near the paper's experts.
 
+Some are trained with disturbed actions, since a gait that only just balances falls over in an imitator's hands: Ant's,
+trained without, fell from 4,300 to 1,400 under noise of 0.3. Recorded play is not disturbed.
+
 Training keeps its state in `<cache>/<environment>/`, every 5,000 steps, and goes on from there; progress.csv in it holds
-the mean and standard deviation of 10 deterministic episodes each time. The policy that is recorded is the one with the
-highest mean less standard deviation.
+the mean and standard deviation of 10 deterministic episodes each time, and of 10 that are disturbed as training is. The
+policy that is recorded is the one with the highest mean less standard deviation of the latter.
 """
 import csv
 from pathlib import Path
@@ -19,18 +22,33 @@ TARGETS = {
     "Ant-v5": (4700, 145_000),
     "Humanoid-v5": (5313, 1_000_000),
 }
+# environment: standard deviation of the noise that is added to actions in [−1, 1], and the step from which on it is
+NOISE = {"HalfCheetah-v5": (0.2, 0), "Ant-v5": (0.2, 145_000)}
 CHUNK = 5_000  # steps between evaluations
 NETWORK = {"net_arch": {"pi": [256, 256], "qf": [256, 256]}}
 
 
-def make_env(env_id: str):
+class DisturbedActions(gym.ActionWrapper):
+    """Gaussian noise on the actions, drawn by the environment's generator."""
+
+    def __init__(self, env: gym.Env, deviation: float):
+        super().__init__(env)
+        self.deviation = deviation
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        return np.clip(action + self.deviation * self.np_random.normal(size=action.shape), -1, 1).astype(np.float32)
+
+
+def make_env(env_id: str, noise: float) -> gym.Env:
     """The environment as the expert sees it: Ant without the 78 contact forces that follow its 27 observations."""
-    return gym.make(env_id, **({"include_cfrc_ext_in_observation": False} if env_id == "Ant-v5" else {}))
+    kwargs = {"include_cfrc_ext_in_observation": False} if env_id == "Ant-v5" else {}
+    env = gym.make(env_id, **kwargs)
+    return DisturbedActions(env, noise) if noise else env
 
 
-def returns_of(model, env_id: str, episodes: int = 10) -> np.ndarray:
-    """Returns `[episodes]` of the deterministic policy, seeds 10,000 and on."""
-    env, returns = make_env(env_id), []
+def returns_of(model, env_id: str, noise: float, episodes: int = 10) -> np.ndarray:
+    """Returns `[episodes]` of the deterministic policy, seeds 10,000 and on, its actions disturbed by `noise`."""
+    env, returns = make_env(env_id, noise), []
     for episode in range(episodes):
         obs, _ = env.reset(seed=10_000 + episode)
         total, ended = 0.0, False
@@ -51,22 +69,28 @@ def expert(env_id: str, cache: Path):
         with open(progress) as file:
             rows = [tuple(map(float, row)) for row in csv.reader(file)]
     target, most = TARGETS[env_id]
+    noise, noise_from = NOISE.get(env_id, (0.0, 0))
 
     def reached():  # one lucky evaluation of a swinging policy is no expert: it must also be steady
-        return any(mean >= target and sd < 0.1 * mean for _, mean, sd in rows)
+        return any(mean >= target and sd < 0.1 * disturbed for _, mean, _, disturbed, sd in rows)
 
-    env = make_env(env_id)
+    def env():
+        return make_env(env_id, noise if (rows[-1][0] if rows else 0) >= noise_from else 0.0)
+
     if model_path.exists():
-        model = CrossQ.load(model_path, env=env)
+        model = CrossQ.load(model_path, env=env())
         model.load_replay_buffer(replay_path)
     else:
-        model = CrossQ("MlpPolicy", env, seed=0, buffer_size=most, policy_kwargs=NETWORK)
+        model = CrossQ("MlpPolicy", env(), seed=0, buffer_size=most, policy_kwargs=NETWORK)
     while not reached() and model.num_timesteps < most:
+        model.set_env(env())
         model.learn(CHUNK, reset_num_timesteps=False)
-        returns = returns_of(model, env_id)
-        rows.append((model.num_timesteps, returns.mean(), returns.std()))
-        print(f"{env_id}: {model.num_timesteps} steps, return {returns.mean():.0f} ± {returns.std():.0f}", flush=True)
-        if rows[-1][1] - rows[-1][2] == max(mean - sd for _, mean, sd in rows):
+        plain = returns_of(model, env_id, 0.0)
+        disturbed = returns_of(model, env_id, noise) if noise else plain
+        rows.append((model.num_timesteps, plain.mean(), plain.std(), disturbed.mean(), disturbed.std()))
+        print(f"{env_id}: {model.num_timesteps} steps, return {plain.mean():.0f} ± {plain.std():.0f}, disturbed "
+              f"{disturbed.mean():.0f} ± {disturbed.std():.0f}", flush=True)
+        if rows[-1][3] - rows[-1][4] == max(mean - sd for *_, mean, sd in rows):
             model.save(folder / "best.zip")
         model.save(model_path)
         model.save_replay_buffer(replay_path)
