@@ -13,7 +13,7 @@ from common import bundled, draw_curves, keep_curve, mean_sd, read_rows, run_all
 
 FOLDER = Path(__file__).resolve().parent
 CURVES = FOLDER / "table3_mujoco_curves.csv"
-TASKS = {"HalfCheetah-v5": (5, 50_000), "Hopper-v5": (5, 40_000), "Ant-v5": (5, 50_000), "Walker2d-v5": (3, 120_000)}
+TASKS = {"HalfCheetah-v5": (5, 30_000), "Hopper-v5": (5, 40_000), "Ant-v5": (5, 50_000), "Walker2d-v5": (3, 120_000)}
 METHODS = {  # flags, tasks
     "iq": ("iq_continuous.py", tuple(TASKS)),
     "bc": ("iq_offline.py --objective bc --total-updates 10000", tuple(TASKS)),
@@ -87,7 +87,7 @@ def main(cores: tuple[int, ...] = (0, 1), tasks: tuple[str, ...] = bundled(TASKS
                 flags, known = METHODS[method]
                 most, steps = TASKS[task]
                 if task in known and i < min(seeds or most, most, 3 if "published" in method else most):
-                    length = "" if method == "bc" else f" --total-timesteps {steps}"
+                    length = "" if method == "bc" else f" --total-timesteps {100_000 if 'published' in method else steps}"
                     name = f"table3_{task}_{method.replace(', ', '-').replace(' ', '-')}_{101 + i}"
                     jobs.append(({"task": task, "method": method, "seed": 101 + i},
                                  f"{flags} --env-id {task} --num-demos 1 --seed {101 + i}{length} --run-name {name}"))
