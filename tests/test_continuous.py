@@ -407,7 +407,7 @@ PAPER = {"value_loss": "v0_expert", "temperature": 0.01, "actor_lr": 3e-5, "crit
          "hidden_size": 256, "learning_starts": 1_280, "updates_per_step": 1.0, "chi2_rows": "both", "chi2_alpha": 0.5,
          "gamma": 0.99, "target_rate": 0.005, "divergence": "chi2", "num_demos": 1, "standardize_obs": False,
          "layer_norm": False, "bound_targets": False, "average_rate": 0.0, "cloning_weight": 0.0, "pretrain_updates": 0,
-         "obs_dims": 0, "anneal_lr": 0.0}
+         "obs_dims": 0, "anneal_lr": 0.0, "restart_rate": 0.0}
 
 
 @pytest.mark.parametrize("env_id, own", [

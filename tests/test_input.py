@@ -942,6 +942,7 @@ BAD_CONTINUOUS_FLAGS = {
     "--target-rate 1.5": ("above 0 and at most 1",),
     "--average-rate -0.1": ("from 0 to 1",),
     "--anneal-lr 1.5": ("from 0 to 1",),
+    "--restart-rate -0.1": ("from 0 to 1",),
     "--cloning-weight -1": ("at least 0",),
     "--cloning-steps 0": ("at least 1",),
     "--num-demos 4": (r"\b3\b",),

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import gymnasium as gym
@@ -20,6 +21,7 @@ import torch
 import iq_atari
 import iq_continuous
 import iq_discrete
+import iq_ilo
 
 MODULES = {"iq_discrete": iq_discrete, "iq_atari": iq_atari, "iq_continuous": iq_continuous}
 STEPS, UPDATES = ({"iq_discrete": 300, "iq_atari": 64, "iq_continuous": 300},
@@ -384,13 +386,14 @@ def clock_demos(path: Path, **more) -> Path:
 CLOCK = "--num-demos 2 --total-timesteps 24 --learning-starts 1 --batch-size 4 --hidden-size 4 --eval-every 0"
 
 
+@pytest.mark.parametrize("module", [iq_continuous, iq_ilo])
 @pytest.mark.parametrize("env, num_envs", [("Clock-v0", 1), ("Clock-v0", 3), ("Clock-v1", 1), ("Clock-v1", 2)])
-def test_the_stored_next_observation_at_an_end_is_the_true_last_one(env, num_envs, tmp_path):
+def test_the_stored_next_observation_at_an_end_is_the_true_last_one(env, num_envs, module, tmp_path):
     """At a time limit it is not the next episode's first, and that row is not terminated."""
     demos, length = clock_demos(tmp_path / "clock.npz"), 5 if env == "Clock-v0" else 3
     Clock.received = []
-    assert iq_continuous.main([*CLOCK.split(), "--env-id", env, "--num-envs", str(num_envs), "--demos", str(demos),
-                               "--out-dir", str(tmp_path), "--run-name", "run"]) == 0
+    assert module.main([*CLOCK.split(), "--env-id", env, "--num-envs", str(num_envs), "--demos", str(demos),
+                        "--out-dir", str(tmp_path), "--run-name", "run"]) == 0
     stored = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     obs, action, next_obs, terminated = stored["replay"]["storage"]
     assert len(obs) == stored["replay"]["written"] == 24
@@ -404,6 +407,24 @@ def test_the_stored_next_observation_at_an_end_is_the_true_last_one(env, num_env
     received = torch.as_tensor(np.array(Clock.received))
     torch.testing.assert_close(received, torch.tensor([0.0, 1.5]) + torch.tensor([0.4, 1.5]) * action)
     assert action.abs().max() <= 1 and action.std(0).max() > 0.1
+
+
+@pytest.mark.parametrize("module", [iq_continuous, iq_ilo])
+@pytest.mark.parametrize("env", ["Clock-v0", "Clock-v1"])
+def test_play_that_breaks_off_is_a_time_limit_to_the_replay(env, module, tmp_path):
+    """The row before keeps its true next observation and is terminated only where the episode ended by itself."""
+    demos = clock_demos(tmp_path / "clock.npz")
+    assert module.main([*CLOCK.split(), "--env-id", env, "--num-envs", "2", "--demos", str(demos), "--restart-rate", "0.5",
+                        "--out-dir", str(tmp_path), "--run-name", "run"]) == 0
+    stored = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    obs, _, next_obs, terminated = stored["replay"]["storage"]
+    assert torch.equal(next_obs[:, 0], obs[:, 0]) and torch.equal(next_obs[:, 1], obs[:, 1] + 1)
+    assert torch.equal(terminated, (next_obs[:, 1] == 3).float() if env == "Clock-v1" else torch.zeros(24))
+    initial, starts = stored["initial"]["storage"][0][4:], obs[2:][obs[2:, 1] == 0]  # after the two that play began from
+    assert 5 <= len(starts) < 22 and (initial[:, 1] == 0).all() and len(starts) <= len(initial) <= len(starts) + 2
+    assert not Counter(starts[:, 0].tolist()) - Counter(initial[:, 0].tolist())
+    for row in obs.view(-1, 2, 2).unbind(1):  # of one environment: on in time, or a new episode's start
+        assert all(b[1] == 0 and b[0] == a[0] + 1 or b[1] == a[1] + 1 and b[0] == a[0] for a, b in zip(row, row[1:]))
 
 
 @pytest.mark.parametrize("switch", ["--standardize-obs", "--no-standardize-obs"])
