@@ -15,7 +15,7 @@ over demonstrations and the agent's own play. The environment's reward is never 
 
     python iq_discrete.py --env-id CartPole-v1 --num-demos 10 --subsample-freq 20
 
-scores 500 ± 0 over seeds 101 to 105 after 10,000 steps, about a minute on one busy core; the README has the other tasks.
+scores 500.0 ± 0.0 over seeds 101 to 105 after 10,000 steps, about a minute on one busy core; the README has the other tasks.
 
 Departures from the paper are marked DEVIATION where they act. This is the first of the five scripts:
 `diff iq_discrete.py iq_atari.py` shows what pixels need.

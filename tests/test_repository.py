@@ -108,6 +108,15 @@ def test_demonstrations_are_small_and_as_their_readme_says():
         assert len(returns) >= EPISODES.get(path.stem, 30)
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("iq_*.py")), ids=lambda path: path.stem)
+def test_scores_in_a_docstring_are_those_of_a_table(path):
+    """Each `mean ± deviation` there stands in a table of `reproduce/`, which another test holds to its csv."""
+    score = re.compile(r"[\d.]+ ± \d+(?:\.\d+)?")
+    tables = " ".join(table.read_text() for table in (ROOT / "reproduce").glob("*.md") if table.name != "NOTES.md")
+    scores = set(score.findall(ast.get_docstring(ast.parse(path.read_text()))))
+    assert scores <= set(score.findall(tables)), scores - set(score.findall(tables))
+
+
 def test_ruff_finds_nothing():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", ROOT], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
