@@ -17,15 +17,19 @@ import iq_discrete
 
 FOLDER = Path(__file__).resolve().parent
 SEEDS = range(101, 106)
+# Random walls: demonstrations first, then a little play.
+WALLS = ("--pretrain-updates 4000 --total-timesteps 500 --eval-every 1000 --value-loss value_expert --chi2-alpha 5 "
+         "--temperature 0.1")
 TASKS = {  # name: (flags, numbers of demonstrations)
     "CartPole, 1 in 20": ("--env-id CartPole-v1 --subsample-freq 20", (1, 10)),
     "GridWorld, fixed, 200 updates": ("--env-id GridWorld-v0 --total-timesteps 200 --eval-every 50", (1, 10)),
     "Acrobot": ("--env-id Acrobot-v1", (1, 10)),
     "LunarLander": ("--env-id LunarLander-v3", (1, 10)),
-    "GridWorld, random walls, MLP": ("--env-id GridWorld-v0 --random-walls", (0,)),
-    "GridWorld, random walls, CNN": ("--env-id GridWorld-v0 --random-walls --network cnn --hidden-size 32", (0,)),
-    "GridWorld, all random, CNN": ("--env-id GridWorld-v0 --random-walls --random-start --random-goal --network cnn "
-                                   "--hidden-size 32", (0,)),
+    **{f"GridWorld, {level}, {network.upper()}": (f"--env-id GridWorld-v0 {switches} {WALLS} --network {network} --hidden-size "
+                                                  f"{hidden}", (0,))
+       for level, switches in (("random walls", "--random-walls"),
+                               ("all random", "--random-walls --random-start --random-goal"))
+       for network, hidden in (("mlp", 64), ("cnn", 16))},
 }
 METHODS = {"iq": "", "bc": "--objective bc"}
 
@@ -59,20 +63,20 @@ def grid_scores(run_dir: Path) -> dict:
 
 def table(rows: list[dict]) -> str:
     """Markdown: one line for each task and number of demonstrations."""
-    lines = ["| task | demonstrations | IQ-Learn | cloning | expert | random | normalized | steps | success | ratio |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| task | demonstrations | IQ-Learn | cloning | expert | random | normalized | steps | success | ratio | success, "
+             "cloning | ratio, cloning |", "|" + "---|" * 12]
     for task, (_, numbers) in TASKS.items():
         for n in numbers:
             iq, bc = ([r for r in rows if r["task"] == task and r["demos"] == str(n) and r["method"] == method]
                       for method in METHODS)
             if len(iq) == len(bc) == len(SEEDS):
                 digits = 3 if "GridWorld" in task else 1
-                grid = [mean_sd([r for r in iq if r[name] != "nan"], name, 2) if iq[0].get(name) else ""  # nan: no success
-                        for name in ("success", "distance_ratio")]
+                grid = [mean_sd([r for r in own if r[name] != "nan"], name, 2) if own[0].get(name) else ""  # nan: no success
+                        for own in (iq, bc) for name in ("success", "distance_ratio")]
                 lines.append(f"| {task} | {n or 'all'} | {mean_sd(iq, 'eval_return', digits)} | "
                              f"{mean_sd(bc, 'eval_return', digits)} | {mean_sd(iq, 'expert', digits)} | "
                              f"{mean_sd(iq, 'random', digits)} | {mean_sd(iq, 'normalized', 3)} | {iq[0]['steps']} | "
-                             f"{grid[0]} | {grid[1]} |")
+                             f"{' | '.join(grid)} |")
     return "\n".join(lines) + "\n"
 
 
