@@ -25,8 +25,8 @@ TASKS = {  # name: (flags, numbers of demonstrations)
     "GridWorld, fixed, 200 updates": ("--env-id GridWorld-v0 --total-timesteps 200 --eval-every 50", (1, 10)),
     "Acrobot": ("--env-id Acrobot-v1", (1, 10)),
     "LunarLander": ("--env-id LunarLander-v3", (1, 10)),
-    **{f"GridWorld, {level}, {network.upper()}": (f"--env-id GridWorld-v0 {switches} {WALLS} --network {network} --hidden-size "
-                                                  f"{hidden}", (0,))
+    **{f"GridWorld, {level}, {network.upper()}": (f"--env-id GridWorld-v0 {switches} {WALLS} --network {network} "
+                                                  f"--hidden-size {hidden}", (0,))
        for level, switches in (("random walls", "--random-walls"),
                                ("all random", "--random-walls --random-start --random-goal"))
        for network, hidden in (("mlp", 64), ("cnn", 16))},
@@ -63,8 +63,8 @@ def grid_scores(run_dir: Path) -> dict:
 
 def table(rows: list[dict]) -> str:
     """Markdown: one line for each task and number of demonstrations."""
-    lines = ["| task | demonstrations | IQ-Learn | cloning | expert | random | normalized | steps | success | ratio | success, "
-             "cloning | ratio, cloning |", "|" + "---|" * 12]
+    lines = ["| task | demonstrations | IQ-Learn | cloning | expert | random | normalized | steps | success | ratio | "
+             "success, cloning | ratio, cloning |", "|" + "---|" * 12]
     for task, (_, numbers) in TASKS.items():
         for n in numbers:
             iq, bc = ([r for r in rows if r["task"] == task and r["demos"] == str(n) and r["method"] == method]
