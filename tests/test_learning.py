@@ -19,9 +19,10 @@ def test_cartpole_from_250_transitions(tmp_path, capsys):
     assert score >= 450
 
 
-def test_cartpole_from_an_expert_that_never_moves_but_left(left_only, tmp_path, capsys):
+@pytest.mark.parametrize("form", ["value", "value_expert"])
+def test_cartpole_from_an_expert_that_never_moves_but_left(form, left_only, tmp_path, capsys):
     """The control: a reward that merely says «survive» would score 500 here too."""
-    score = final_return(capsys, "--demos", left_only, "--seed", "3", "--total-timesteps", "6000",
+    score = final_return(capsys, "--demos", left_only, "--seed", "3", "--total-timesteps", "6000", "--value-loss", form,
                          "--eval-every", "6000", "--out-dir", str(tmp_path))
     assert score < 50
 
