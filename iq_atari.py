@@ -27,6 +27,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -96,7 +97,7 @@ class Args:
     wandb_entity: str | None = None  # its team
     capture_video: bool = False  # record the last evaluation's first episode
     save_model: bool = True  # write model.pt
-    checkpoint_every: int = 10_000  # steps or updates between checkpoints; 0: only at the end or when stopped
+    checkpoint_every: int = 4_000  # steps or updates between checkpoints; 0: only at the end or when stopped
     resume: str | None = None  # a run directory to continue
     evaluate: str | None = None  # a model.pt to play instead of training
     cuda: bool = True  # use a GPU if there is one
@@ -128,11 +129,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
     Raises:
         BadInput: `--resume` with no run there, of another script, or with a setting that must not change.
     """
-    args = tyro.cli(Args, args=argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
     if not args.resume:
         return tyro.cli(Args, args=argv, default=replace(Args(), **SETTINGS.get(env_name(args.env_id), {})))
     run_dir = Path(args.resume)
-    check((run_dir / "checkpoint.pt").is_file(), f"--resume {run_dir}: no checkpoint.pt found there")
+    check(os.path.isfile(run_dir / "checkpoint.pt"), f"--resume {run_dir}: no checkpoint.pt found there")
     try:
         stored = json.loads((run_dir / "args.json").read_text())
         script = stored.pop("script")
@@ -264,7 +266,7 @@ def read_npz(path: str, names: list[str] | None = None) -> dict[str, np.ndarray]
     Raises:
         BadInput: no such file, not an .npz, cut off, pickled or other strange content, or a name missing.
     """
-    check(Path(path).is_file(), f"--demos {path}: no such file")
+    check(os.path.isfile(path), f"--demos {path}: no such file")
     check(zipfile.is_zipfile(path), f"--demos {path}: not an .npz file, or one that is cut off")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -310,7 +312,7 @@ def demonstrations_path(args: Args) -> str:
     name = args.env_id.replace("/", "-")
     game = env_name(args.env_id)  # one file serves both spellings of a game
     path = Path(__file__).resolve().parent / "demos" / f"{game}NoFrameskip-v4.npz"
-    check(path.is_file(), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
+    check(os.path.isfile(path), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
           "seeds, actions, episode_lengths, returns and env_id (or uint8 observations [N, 84, 84], actions, terminations, "
           "truncations, episode_lengths and env_id), or a Minari dataset id")
     return str(path)
@@ -322,7 +324,7 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     path = demonstrations_path(args)
     where = f"--demos {path}"
     print(f"loading demonstrations from {path}", flush=True)
-    if not path.endswith(".npz") and not Path(path).exists() and re.search(r"-v\d+$", path):
+    if not path.endswith(".npz") and not os.path.exists(path) and re.search(r"-v\d+$", path):
         return where, read_minari(path)
     keys = read_npz(path)
     likely = max(formats, key=lambda names: len(keys.keys() & set(names)))
@@ -370,7 +372,8 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, nu
           f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
     if recorded != args.env_id:
         print(f"warning: demonstrations of {recorded} are used for {args.env_id}", file=sys.stderr)
-    check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes")
+    check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes; "
+          "0 takes all of them")
 
 
 def choose_transitions(args: Args, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -555,7 +558,7 @@ def soft_value(q: torch.Tensor, temperature: float) -> torch.Tensor:
 def implied_reward(network: nn.Module, obs, action, next_obs, terminated, gamma: float, temperature: float):
     """The reward that Q implies, r = Q(s,a) − γ(1−d)·V(s') (Eq. 11), `[B]` for transitions as in `Batch`."""
     q = network(obs).gather(1, action[:, None]).squeeze(1)
-    return q - gamma * (1 - terminated) * soft_value(network(next_obs), temperature)
+    return q - gamma * (1 - terminated.float()) * soft_value(network(next_obs), temperature)
 
 
 def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Tensor, args: Args):
@@ -673,7 +676,7 @@ def load_model(path: str, device="cpu") -> tuple[QNetwork, dict]:
     Raises:
         BadInput: no such file, or not a model of this script.
     """
-    check(Path(path).is_file(), f"{path}: no such file")
+    check(os.path.isfile(path), f"{path}: no such file")
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py, which plays it")
@@ -723,7 +726,7 @@ class Run:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
                                f"({type(error).__name__})") from None
         else:
-            check(not path.exists(), f"--run-name: {path} exists already; take another name, or --resume {path}")
+            check(not os.path.exists(path), f"--run-name: {path} exists already; take another name, or --resume {path}")
             try:
                 path.mkdir(parents=True)
             except OSError as error:
@@ -738,8 +741,13 @@ class Run:
         if args.track:
             import wandb
 
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=path.name,
-                       dir=path)
+            try:
+                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=path.name,
+                           dir=path)
+            except wandb.Error as error:
+                if not args.resume:
+                    shutil.rmtree(path)
+                raise BadInput(f"--track: {error}") from None
             self.wandb = wandb
 
     def __enter__(self):
@@ -818,7 +826,8 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         if self.signum:
-            print(f"stopped at step {self.step}; to continue: python {SCRIPT}.py --resume {self.dir}", flush=True)
+            print(f"stopped at step {self.step}; to continue: python {SCRIPT}.py --resume {shlex.quote(str(self.dir))}",
+                  flush=True)
             raise SystemExit(128 + self.signum)
         seconds = time.time() - self.start
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
@@ -873,6 +882,7 @@ def train(args: Args) -> Path:
     pretrain, total, n = args.pretrain_updates, args.total_timesteps, args.batch_size
     if args.objective == "bc":  # it reads the demonstrations alone: the same updates, and no play
         pretrain, total = pretrain + int(total * args.updates_per_step), 0
+        args = replace(args, temperature=1.0)  # its policy is softmax(Q)
     both = args.value_loss == "value" or args.chi2_rows == "both"
     replay = Replay(args.buffer_size, args.num_envs, device) if total else None
     update = make_update(network, target, average, optimizer, n, args)
@@ -922,15 +932,17 @@ def play(args: Args) -> None:
     """Evaluate a saved model in the environment that it was trained in, and print the final line."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     network, saved = load_model(args.evaluate, device)
+    network.autocast = saved["args"]["bfloat16"] and has_bfloat16(device)  # as in training
     check(args.env_id in (Args().env_id, saved["env_id"]),
           f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
     args = replace(args, env_id=saved["env_id"])
     validate(args)
     start, frames, run_dir = time.time(), [] if args.capture_video else None, Path(args.evaluate).resolve().parent
     returns = evaluate(network, args, device, None, frames)
+    random = saved["random_return"] if np.isfinite(saved["random_return"]) else random_return(args)
     if frames:
         write_video(frames, 15, run_dir / "videos" / "evaluate.mp4")
-    print(final_line(returns, saved["expert_return"], saved["random_return"], 0, 0, time.time() - start, run_dir))
+    print(final_line(returns, saved["expert_return"], random, 0, 0, time.time() - start, run_dir))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,11 +11,12 @@ One network Q(s, a) is the policy, softmax(Q/τ), and the reward, r = Q(s,a) −
 
     L = −E_expert[φ(r)] + E_expert and policy[V(s) − γ V(s')] (+ E[r²]/(4α) for χ²)
 
-over demonstrations and the agent's own play. The environment's reward is never read in training.
+over demonstrations and the agent's own play; the second term has four forms, and on CartPole it is over the expert's rows
+alone (`--value-loss value_expert`). The environment's reward is never read in training.
 
     python iq_discrete.py --env-id CartPole-v1 --num-demos 10 --subsample-freq 20
 
-scores 500.0 ± 0.0 over seeds 101 to 105 after 10,000 steps, about a minute on one busy core; the README has the other tasks.
+scores 500.0 ± 0.0 over seeds 101 to 105 after 10,000 steps, less than a minute on one core; the README has the other tasks.
 
 Departures from the paper are marked DEVIATION where they act. This is the first of the five scripts:
 `diff iq_discrete.py iq_atari.py` shows what pixels need.
@@ -25,6 +26,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -113,7 +115,7 @@ class Args:
     wandb_entity: str | None = None  # its team
     capture_video: bool = False  # record the last evaluation's first episode
     save_model: bool = True  # write model.pt
-    checkpoint_every: int = 10_000  # steps or updates between checkpoints; 0: only at the end or when stopped
+    checkpoint_every: int = 2_000  # steps or updates between checkpoints; 0: only at the end or when stopped
     resume: str | None = None  # a run directory to continue
     evaluate: str | None = None  # a model.pt to play instead of training
     cuda: bool = True  # use a GPU if there is one
@@ -135,8 +137,8 @@ def check(condition: bool, message: str) -> None:
 
 
 def env_name(env_id: str) -> str:
-    """The name without its version and namespace: `Hopper-v5` gives `Hopper`."""
-    return re.sub(r"-v\d+$", "", env_id).split("/")[-1]
+    """The name without version, namespace and module: `Hopper-v5` and `mine:Hopper-v5` give `Hopper`."""
+    return re.split("[/:]", re.sub(r"-v\d+$", "", env_id))[-1]
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -145,11 +147,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
     Raises:
         BadInput: `--resume` with no run there, of another script, or with a setting that must not change.
     """
-    args = tyro.cli(Args, args=argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
     if not args.resume:
-        return tyro.cli(Args, args=argv, default=replace(Args(), **SETTINGS.get(env_name(args.env_id), {})))
+        settings = dict(SETTINGS.get(env_name(args.env_id), {}))
+        if args.divergence != "chi2":  # there χ² is added only where --chi2-alpha asks for it
+            settings.pop("chi2_alpha", None)
+        return tyro.cli(Args, args=argv, default=replace(Args(), **settings))
     run_dir = Path(args.resume)
-    check((run_dir / "checkpoint.pt").is_file(), f"--resume {run_dir}: no checkpoint.pt found there")
+    check(os.path.isfile(run_dir / "checkpoint.pt"), f"--resume {run_dir}: no checkpoint.pt found there")
     try:
         stored = json.loads((run_dir / "args.json").read_text())
         script = stored.pop("script")
@@ -185,12 +191,13 @@ def validate(args: Args) -> None:
     check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
     check(not (args.compile and args.divergence == "w1"),
           "--compile: not with --divergence w1, whose gradient penalty torch.compile cannot differentiate twice")
-    check(args.chi2_alpha is None or args.chi2_alpha > 0, f"--chi2-alpha {args.chi2_alpha}: expected above 0")
+    check(args.chi2_alpha is None or 0 < args.chi2_alpha < np.inf,
+          f"--chi2-alpha {args.chi2_alpha}: expected above 0 and finite")
 
 
 # ---------------------------------------------------------------------------------------- Environment
 class GridWorld(gym.Env):
-    """A grid with walls on 20 % of its cells: walk from the start to the goal (SPEC: GridWorld-v0).
+    """A grid with walls on 20 % of its cells: walk from the start to the goal (GridWorld-v0).
 
     Observation: float32 `[3, size, size]`, planes of walls, agent and goal. Actions: up, down, left, right and,
     with `stay_action`, stay. Reward 1 at the goal, which terminates; truncated after `4·size` steps.
@@ -379,7 +386,7 @@ def read_npz(path: str, names: list[str] | None = None) -> dict[str, np.ndarray]
     Raises:
         BadInput: no such file, not an .npz, cut off, pickled or other strange content, or a name missing.
     """
-    check(Path(path).is_file(), f"--demos {path}: no such file")
+    check(os.path.isfile(path), f"--demos {path}: no such file")
     check(zipfile.is_zipfile(path), f"--demos {path}: not an .npz file, or one that is cut off")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -426,7 +433,7 @@ def demonstrations_path(args: Args) -> str:
     if env_name(args.env_id) == "GridWorld":
         name += "".join(f"-{switch.replace('_', '-')}" for switch in GRID_SWITCHES if getattr(args, switch))
     path = Path(__file__).resolve().parent / "demos" / f"{name}.npz"
-    check(path.is_file(), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
+    check(os.path.isfile(path), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
           "observations, actions, terminations, truncations, episode_lengths and env_id, or a Minari dataset id")
     return str(path)
 
@@ -437,7 +444,7 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     path = demonstrations_path(args)
     where = f"--demos {path}"
     print(f"loading demonstrations from {path}", flush=True)
-    if not path.endswith(".npz") and not Path(path).exists() and re.search(r"-v\d+$", path):
+    if not path.endswith(".npz") and not os.path.exists(path) and re.search(r"-v\d+$", path):
         return where, read_minari(path)
     keys = read_npz(path)
     likely = max(formats, key=lambda names: len(keys.keys() & set(names)))
@@ -485,7 +492,8 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, nu
           f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
     if recorded != args.env_id:
         print(f"warning: demonstrations of {recorded} are used for {args.env_id}", file=sys.stderr)
-    check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes")
+    check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes; "
+          "0 takes all of them")
 
 
 def choose_transitions(args: Args, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -587,7 +595,7 @@ def soft_value(q: torch.Tensor, temperature: float) -> torch.Tensor:
 def implied_reward(network: nn.Module, obs, action, next_obs, terminated, gamma: float, temperature: float):
     """The reward that Q implies, r = Q(s,a) − γ(1−d)·V(s') (Eq. 11), `[B]` for transitions as in `Batch`."""
     q = network(obs).gather(1, action[:, None]).squeeze(1)
-    return q - gamma * (1 - terminated) * soft_value(network(next_obs), temperature)
+    return q - gamma * (1 - terminated.float()) * soft_value(network(next_obs), temperature)
 
 
 def phi(divergence: str, r: torch.Tensor) -> torch.Tensor:
@@ -747,7 +755,7 @@ def load_model(path: str, device="cpu") -> tuple[QNetwork, dict]:
     Raises:
         BadInput: no such file, or not a model of this script.
     """
-    check(Path(path).is_file(), f"{path}: no such file")
+    check(os.path.isfile(path), f"{path}: no such file")
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py, which plays it")
@@ -797,7 +805,7 @@ class Run:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
                                f"({type(error).__name__})") from None
         else:
-            check(not path.exists(), f"--run-name: {path} exists already; take another name, or --resume {path}")
+            check(not os.path.exists(path), f"--run-name: {path} exists already; take another name, or --resume {path}")
             try:
                 path.mkdir(parents=True)
             except OSError as error:
@@ -812,8 +820,13 @@ class Run:
         if args.track:
             import wandb
 
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=path.name,
-                       dir=path)
+            try:
+                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=path.name,
+                           dir=path)
+            except wandb.Error as error:
+                if not args.resume:
+                    shutil.rmtree(path)
+                raise BadInput(f"--track: {error}") from None
             self.wandb = wandb
 
     def __enter__(self):
@@ -892,7 +905,8 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         if self.signum:
-            print(f"stopped at step {self.step}; to continue: python {SCRIPT}.py --resume {self.dir}", flush=True)
+            print(f"stopped at step {self.step}; to continue: python {SCRIPT}.py --resume {shlex.quote(str(self.dir))}",
+                  flush=True)
             raise SystemExit(128 + self.signum)
         seconds = time.time() - self.start
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
@@ -954,6 +968,7 @@ def train(args: Args) -> Path:
     pretrain, total, n = args.pretrain_updates, args.total_timesteps, args.batch_size
     if args.objective == "bc":  # it reads the demonstrations alone: the same updates, and no play
         pretrain, total = pretrain + int(total * args.updates_per_step), 0
+        args = replace(args, temperature=1.0)  # its policy is softmax(Q)
     both = args.value_loss == "value" or args.chi2_rows == "both" or args.divergence == "w1"
     replay = Replay(args.buffer_size if total else 1, [(obs_shape, torch.float32), ((), torch.int64),
                                                         (obs_shape, torch.float32), ((), torch.float32)], device)
@@ -1004,14 +1019,19 @@ def play(args: Args) -> None:
     network, saved = load_model(args.evaluate, device)
     check(args.env_id in (Args().env_id, saved["env_id"]),
           f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
-    own = {name: saved["args"][name] for name in ("env_id", "grid_size", *GRID_SWITCHES)}
-    args = replace(args, **own)
+    for name in ("grid_size", *GRID_SWITCHES):
+        own, given = saved["args"][name], getattr(args, name)
+        check(given in (getattr(Args(), name), own),
+              f"--{name.replace('_', '-')} {given}: the model in {args.evaluate} was trained with {own}")
+        args = replace(args, **{name: own})
+    args = replace(args, env_id=saved["env_id"])
     validate(args)
     start, frames, run_dir = time.time(), [] if args.capture_video else None, Path(args.evaluate).resolve().parent
     returns = evaluate(network, args, device, None, frames)
+    random = saved["random_return"] if np.isfinite(saved["random_return"]) else random_return(args)
     if frames:
         write_video(frames, 30, run_dir / "videos" / "evaluate.mp4")
-    print(final_line(returns, saved["expert_return"], saved["random_return"], 0, 0, time.time() - start, run_dir))
+    print(final_line(returns, saved["expert_return"], random, 0, 0, time.time() - start, run_dir))
 
 
 def main(argv: list[str] | None = None) -> int:

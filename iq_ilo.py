@@ -27,6 +27,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -125,7 +126,7 @@ class Args:
     wandb_entity: str | None = None  # its team
     capture_video: bool = False  # record the last evaluation's first episode
     save_model: bool = True  # write model.pt
-    checkpoint_every: int = 25_000  # steps between checkpoints; 0: only at the end or when stopped
+    checkpoint_every: int = 4_000  # steps between checkpoints; 0: only at the end or when stopped
     resume: str | None = None  # a run directory to continue
     evaluate: str | None = None  # a model.pt to play instead of training
     cuda: bool = True  # use a GPU if there is one
@@ -147,8 +148,8 @@ def check(condition: bool, message: str) -> None:
 
 
 def env_name(env_id: str) -> str:
-    """The name without its version and namespace: `Hopper-v5` gives `Hopper`."""
-    return re.sub(r"-v\d+$", "", env_id).split("/")[-1]
+    """The name without version, namespace and module: `Hopper-v5` and `mine:Hopper-v5` give `Hopper`."""
+    return re.split("[/:]", re.sub(r"-v\d+$", "", env_id))[-1]
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -157,11 +158,12 @@ def parse_args(argv: list[str] | None = None) -> Args:
     Raises:
         BadInput: `--resume` with no run there, of another script, or with a setting that must not change.
     """
-    args = tyro.cli(Args, args=argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
     if not args.resume:
         return tyro.cli(Args, args=argv, default=replace(Args(), **SETTINGS.get(env_name(args.env_id), {})))
     run_dir = Path(args.resume)
-    check((run_dir / "checkpoint.pt").is_file(), f"--resume {run_dir}: no checkpoint.pt found there")
+    check(os.path.isfile(run_dir / "checkpoint.pt"), f"--resume {run_dir}: no checkpoint.pt found there")
     try:
         stored = json.loads((run_dir / "args.json").read_text())
         script = stored.pop("script")
@@ -531,7 +533,7 @@ def read_npz(path: str, names: list[str] | None = None) -> dict[str, np.ndarray]
     Raises:
         BadInput: no such file, not an .npz, cut off, pickled or other strange content, or a name missing.
     """
-    check(Path(path).is_file(), f"--demos {path}: no such file")
+    check(os.path.isfile(path), f"--demos {path}: no such file")
     check(zipfile.is_zipfile(path), f"--demos {path}: not an .npz file, or one that is cut off")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -578,7 +580,7 @@ def demonstrations_path(args: Args) -> str:
     if env_name(args.env_id) == "PointMaze":
         name += "-left" * (args.barrier == "left") + "-random-start" * args.random_start
     path = Path(__file__).resolve().parent / "demos" / f"{name}.npz"
-    check(path.is_file(), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
+    check(os.path.isfile(path), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
           "observations, terminations, truncations, episode_lengths and env_id, or a Minari dataset id")
     return str(path)
 
@@ -589,7 +591,7 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     path = demonstrations_path(args)
     where = f"--demos {path}"
     print(f"loading demonstrations from {path}", flush=True)
-    if not path.endswith(".npz") and not Path(path).exists() and re.search(r"-v\d+$", path):
+    if not path.endswith(".npz") and not os.path.exists(path) and re.search(r"-v\d+$", path):
         return where, read_minari(path)
     keys = read_npz(path)
     likely = max(formats, key=lambda names: len(keys.keys() & set(names)))
@@ -633,7 +635,8 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args) ->
           f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
     if recorded != args.env_id:
         print(f"warning: demonstrations of {recorded} are used for {args.env_id}", file=sys.stderr)
-    check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes")
+    check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes; "
+          "0 takes all of them")
 
 
 def choose_transitions(args: Args, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -727,7 +730,7 @@ def implied_reward(critic, policy, obs, action, next_obs, terminated, gamma: flo
     """The reward that Q implies, r = Q(s,a) − γ(1−d)·V(s') (Eq. 11), `[B]`; actions in the environment's units. With
     continuous actions V(s') is a sample of one action."""
     q = critic(obs, policy.from_env(action))
-    return q - gamma * (1 - terminated) * policy.value(critic, next_obs, temperature)
+    return q - gamma * (1 - terminated.float()) * policy.value(critic, next_obs, temperature)
 
 
 def state_reward(reward: QNetwork, policy, obs: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -882,7 +885,7 @@ def load_model(path: str, device="cpu") -> Model:
     Raises:
         BadInput: no such file, or not a model of this script.
     """
-    check(Path(path).is_file(), f"{path}: no such file")
+    check(os.path.isfile(path), f"{path}: no such file")
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py, which plays it")
@@ -935,7 +938,7 @@ class Run:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
                                f"({type(error).__name__})") from None
         else:
-            check(not path.exists(), f"--run-name: {path} exists already; take another name, or --resume {path}")
+            check(not os.path.exists(path), f"--run-name: {path} exists already; take another name, or --resume {path}")
             try:
                 path.mkdir(parents=True)
             except OSError as error:
@@ -950,8 +953,13 @@ class Run:
         if args.track:
             import wandb
 
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=path.name,
-                       dir=path)
+            try:
+                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=path.name,
+                           dir=path)
+            except wandb.Error as error:
+                if not args.resume:
+                    shutil.rmtree(path)
+                raise BadInput(f"--track: {error}") from None
             self.wandb = wandb
 
     def __enter__(self):
@@ -1031,7 +1039,8 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         if self.signum:
-            print(f"stopped at step {self.step}; to continue: python {SCRIPT}.py --resume {self.dir}", flush=True)
+            print(f"stopped at step {self.step}; to continue: python {SCRIPT}.py --resume {shlex.quote(str(self.dir))}",
+                  flush=True)
             raise SystemExit(128 + self.signum)
         seconds = time.time() - self.start
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
@@ -1082,12 +1091,14 @@ def make_update(critic, target, policy, average, average_critic, idm, optimizers
     return torch.compile(update) if args.compile else update
 
 
-def fit_reward(critic, policy, idm, demos: Demonstrations, replay: Replay, args: Args) -> QNetwork:
+def fit_reward(critic, policy, idm, demos: Demonstrations, replay: Replay, args: Args, stop: "Run") -> QNetwork:
     """The network behind `state_reward`: the least-squares fit of the implied reward on (s, a), over the agent's own
-    transitions and the expert's."""
+    transitions and the expert's; not to the end when a signal comes."""
     reward = deepcopy(critic)
     optimizer = torch.optim.Adam(reward.parameters(), lr=1e-3, fused=True)
     for update in range(args.reward_updates):
+        if stop.signum:
+            break
         for group in optimizer.param_groups:  # to zero, so that the last rows do not count for more
             group["lr"] = 1e-3 * (1 - update / args.reward_updates)
         expert, played = draw(demos, args.batch_size), Batch(*replay.sample(args.batch_size))
@@ -1124,6 +1135,7 @@ def train(args: Args) -> Path:
     critic = QNetwork(*size, args.layer_norm, limit).to(device)
     policy = Softmax(critic) if discrete else TanhGaussian(
         obs_shape, action_space.low.tolist(), action_space.high.tolist(), args.hidden_size, limit).to(device)
+    # DEVIATION: the paper has no model of the missing actions.
     idm = InverseDynamics(*size).to(device) if args.missing_action == "idm" else None
     obs, next_obs, _ = demos.transitions
     statistics = [(idm.standardize_change, next_obs - obs), (idm.standardize, obs)] if idm else []
@@ -1147,6 +1159,7 @@ def train(args: Args) -> Path:
                                                      fused=True) for name, network in learned.items()}
     total, n = args.total_timesteps, args.batch_size
     starts = min(args.learning_starts, total // 2)  # so that a short run trains too
+    args = replace(args, learning_starts=starts)  # a resumed run that is made longer keeps it
     kind = ((), torch.int64) if discrete else (action_space.shape, torch.float32)
     replay = Replay(args.buffer_size if total else 1, [(obs_shape, torch.float32), kind, (obs_shape, torch.float32),
                                                        ((), torch.float32)], device)
@@ -1190,9 +1203,9 @@ def train(args: Args) -> Path:
             run.tick(run.step, args.num_envs)
         run.report(last=True)
         run.save()
+        fit = args.save_model and run.updates
+        reward = fit_reward(judging, acting, idm, demos, replay, args, run) if fit else judging
     envs.close()
-    fit = args.save_model and run.updates and not run.signum
-    reward = fit_reward(judging, acting, idm, demos, replay, args) if fit else judging
     model = {"policy": acting.state_dict(), "actor_sizes": None if discrete else acting.sizes,
              "critic": judging.state_dict(), "critic_sizes": judging.sizes, "reward": reward.state_dict()}
     return run.finish(model, envs.metadata.get("render_fps", 30))
@@ -1204,13 +1217,19 @@ def play(args: Args) -> None:
     policy, _, _, saved = load_model(args.evaluate, device)
     check(args.env_id in (Args().env_id, saved["env_id"]),
           f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
-    args = replace(args, **{name: saved["args"][name] for name in ("env_id", *MAZE_SWITCHES)})
+    for name in MAZE_SWITCHES:
+        own, given = saved["args"][name], getattr(args, name)
+        check(given in (getattr(Args(), name), own),
+              f"--{name.replace('_', '-')} {given}: the model in {args.evaluate} was trained with {own}")
+        args = replace(args, **{name: own})
+    args = replace(args, env_id=saved["env_id"])
     validate(args)
     start, frames, run_dir = time.time(), [] if args.capture_video else None, Path(args.evaluate).resolve().parent
     returns = evaluate(policy, args, device, None, frames)
+    random = saved["random_return"] if np.isfinite(saved["random_return"]) else random_return(args)
     if frames:
         write_video(frames, 30, run_dir / "videos" / "evaluate.mp4")
-    print(final_line(returns, saved["expert_return"], saved["random_return"], 0, 0, time.time() - start, run_dir))
+    print(final_line(returns, saved["expert_return"], random, 0, 0, time.time() - start, run_dir))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,6 +26,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -108,7 +109,7 @@ class Args:
     wandb_entity: str | None = None  # its team
     capture_video: bool = False  # record the last evaluation's first episode
     save_model: bool = True  # write model.pt
-    checkpoint_every: int = 10_000  # updates between checkpoints; 0: only at the end or when stopped
+    checkpoint_every: int = 1_000  # updates between checkpoints; 0: only at the end or when stopped
     resume: str | None = None  # a run directory to continue
     evaluate: str | None = None  # a model.pt to play instead of training
     cuda: bool = True  # use a GPU if there is one
@@ -130,8 +131,8 @@ def check(condition: bool, message: str) -> None:
 
 
 def env_name(env_id: str) -> str:
-    """The name without its version and namespace: `Hopper-v5` gives `Hopper`."""
-    return re.sub(r"-v\d+$", "", env_id).split("/")[-1]
+    """The name without version, namespace and module: `Hopper-v5` and `mine:Hopper-v5` give `Hopper`."""
+    return re.split("[/:]", re.sub(r"-v\d+$", "", env_id))[-1]
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -140,11 +141,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
     Raises:
         BadInput: `--resume` with no run there, of another script, or with a setting that must not change.
     """
-    args = tyro.cli(Args, args=argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
     if not args.resume:
-        return tyro.cli(Args, args=argv, default=replace(Args(), **SETTINGS.get(env_name(args.env_id or ""), {})))
+        settings = dict(SETTINGS.get(env_name(args.env_id or ""), {}))
+        if args.divergence != "chi2":  # there χ² is added only where --chi2-alpha asks for it
+            settings.pop("chi2_alpha", None)
+        return tyro.cli(Args, args=argv, default=replace(Args(), **settings))
     run_dir = Path(args.resume)
-    check((run_dir / "checkpoint.pt").is_file(), f"--resume {run_dir}: no checkpoint.pt found there")
+    check(os.path.isfile(run_dir / "checkpoint.pt"), f"--resume {run_dir}: no checkpoint.pt found there")
     try:
         stored = json.loads((run_dir / "args.json").read_text())
         script = stored.pop("script")
@@ -178,7 +183,8 @@ def validate(args: Args) -> None:
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
     check(not (args.compile and args.divergence == "w1"),
           "--compile: not with --divergence w1, whose gradient penalty torch.compile cannot differentiate twice")
-    check(args.chi2_alpha is None or args.chi2_alpha > 0, f"--chi2-alpha {args.chi2_alpha}: expected above 0")
+    check(args.chi2_alpha is None or 0 < args.chi2_alpha < np.inf,
+          f"--chi2-alpha {args.chi2_alpha}: expected above 0 and finite")
 
 
 # ---------------------------------------------------------------------------------------- Environment
@@ -352,7 +358,7 @@ def read_npz(path: str, names: list[str] | None = None) -> dict[str, np.ndarray]
     Raises:
         BadInput: no such file, not an .npz, cut off, pickled or other strange content, or a name missing.
     """
-    check(Path(path).is_file(), f"--demos {path}: no such file")
+    check(os.path.isfile(path), f"--demos {path}: no such file")
     check(zipfile.is_zipfile(path), f"--demos {path}: not an .npz file, or one that is cut off")
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -398,7 +404,7 @@ def demonstrations_path(args: Args) -> str:
     check(args.env_id is not None, "--demos: give an .npz file or a Minari dataset id, or --env-id for a bundled one")
     name = args.env_id.replace("/", "-")
     path = Path(__file__).resolve().parent / "demos" / f"{name}.npz"
-    check(path.is_file(), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
+    check(os.path.isfile(path), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
           "observations, actions, terminations, truncations, episode_lengths and env_id, or a Minari dataset id")
     return str(path)
 
@@ -409,7 +415,7 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     path = demonstrations_path(args)
     where = f"--demos {path}"
     print(f"loading demonstrations from {path}", flush=True)
-    if not path.endswith(".npz") and not Path(path).exists() and re.search(r"-v\d+$", path):
+    if not path.endswith(".npz") and not os.path.exists(path) and re.search(r"-v\d+$", path):
         return where, read_minari(path)
     keys = read_npz(path)
     likely = max(formats, key=lambda names: len(keys.keys() & set(names)))
@@ -459,7 +465,8 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args) ->
               f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
         if recorded != args.env_id:
             print(f"warning: demonstrations of {recorded} are used for {args.env_id}", file=sys.stderr)
-    check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes")
+    check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes; "
+          "0 takes all of them")
 
 
 def choose_transitions(args: Args, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -544,7 +551,7 @@ def load_demonstrations(args: Args, spaces: Spaces | None, device) -> Demonstrat
     spaces = find_spaces(where, data, spaces)
 
     chosen, place, t = choose_transitions(args, lengths)
-    kept_out = int(np.ceil(args.holdout * len(chosen)))
+    kept_out = int(np.ceil(round(args.holdout * len(chosen), 9)))
     check(kept_out < len(chosen), f"--holdout {args.holdout}: it keeps out whole episodes, {kept_out} of {len(chosen)}, "
           "and none would be left")
     train, held = place < len(chosen) - kept_out, place >= len(chosen) - kept_out
@@ -610,7 +617,7 @@ def state_value(network, actor, obs, temperature: float) -> torch.Tensor:
 def implied_reward(network, actor, obs, action, next_obs, terminated, gamma: float, temperature: float):
     """The reward that Q implies, r = Q(s,a) − γ(1−d)·V(s') (Eq. 11), `[B]`; actions as the environment takes them."""
     q = q_value(network, actor, obs, actor.from_env(action) if actor else action)
-    return q - gamma * (1 - terminated) * state_value(network, actor, next_obs, temperature)
+    return q - gamma * (1 - terminated.float()) * state_value(network, actor, next_obs, temperature)
 
 
 def phi(divergence: str, r: torch.Tensor) -> torch.Tensor:
@@ -804,7 +811,7 @@ def load_model(path: str, device="cpu") -> tuple[QNetwork, Actor | None, dict]:
     Raises:
         BadInput: no such file, or not a model of this script.
     """
-    check(Path(path).is_file(), f"{path}: no such file")
+    check(os.path.isfile(path), f"{path}: no such file")
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py, which plays it")
@@ -858,7 +865,7 @@ class Run:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
                                f"({type(error).__name__})") from None
         else:
-            check(not path.exists(), f"--run-name: {path} exists already; take another name, or --resume {path}")
+            check(not os.path.exists(path), f"--run-name: {path} exists already; take another name, or --resume {path}")
             try:
                 path.mkdir(parents=True)
             except OSError as error:
@@ -873,8 +880,13 @@ class Run:
         if args.track:
             import wandb
 
-            wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=path.name,
-                       dir=path)
+            try:
+                wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=path.name,
+                           dir=path)
+            except wandb.Error as error:
+                if not args.resume:
+                    shutil.rmtree(path)
+                raise BadInput(f"--track: {error}") from None
             self.wandb = wandb
 
     def __enter__(self):
@@ -957,7 +969,8 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         if self.signum:
-            print(f"stopped at update {self.updates}; to continue: python {SCRIPT}.py --resume {self.dir}", flush=True)
+            print(f"stopped at update {self.updates}; to continue: python {SCRIPT}.py --resume {shlex.quote(str(self.dir))}",
+                  flush=True)
             raise SystemExit(128 + self.signum)
         if not self.evaluated and args.save_model:
             print(f"not evaluated; where the environment is installed: python {SCRIPT}.py --evaluate "
@@ -1016,7 +1029,7 @@ def train(args: Args) -> Path:
     limit = 10.0 if args.standardize_obs else np.inf  # deviations; raw observations are the network's as they are
     network = QNetwork(obs_shape, num_actions, len(action_low), *size, q_bound, limit).to(device)
     actor = None if num_actions else Actor(obs_shape, action_low, action_high, *size, limit).to(device)
-    if args.standardize_obs:
+    if args.standardize_obs:  # DEVIATION: the paper has raw observations
         for module in filter(None, (network, actor)):
             module.obs_mean.copy_(demos.transitions.obs.mean(0))
             module.obs_std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant dimensions

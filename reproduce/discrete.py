@@ -63,8 +63,8 @@ def grid_scores(run_dir: Path) -> dict:
 
 def table(rows: list[dict]) -> str:
     """Markdown: one line for each task and number of demonstrations."""
-    lines = ["| task | demonstrations | IQ-Learn | cloning | expert | random | normalized | steps | success | ratio | "
-             "success, cloning | ratio, cloning |", "|" + "---|" * 12]
+    lines = ["| task | demonstrations | IQ-Learn | cloning | expert | random | normalized | steps | updates | success | "
+             "ratio | success, cloning | ratio, cloning |", "|" + "---|" * 13]
     for task, (_, numbers) in TASKS.items():
         for n in numbers:
             iq, bc = ([r for r in rows if r["task"] == task and r["demos"] == str(n) and r["method"] == method]
@@ -76,7 +76,7 @@ def table(rows: list[dict]) -> str:
                 lines.append(f"| {task} | {n or 'all'} | {mean_sd(iq, 'eval_return', digits)} | "
                              f"{mean_sd(bc, 'eval_return', digits)} | {mean_sd(iq, 'expert', digits)} | "
                              f"{mean_sd(iq, 'random', digits)} | {mean_sd(iq, 'normalized', 3)} | {iq[0]['steps']} | "
-                             f"{' | '.join(grid)} |")
+                             f"{iq[0]['updates']} | {' | '.join(grid)} |")
     return "\n".join(lines) + "\n"
 
 

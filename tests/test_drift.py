@@ -13,7 +13,7 @@ SECTIONS = ["Args", "Environment", "Networks", "Demonstrations and replay", "IQ 
 # Functions, methods and classes of which the scripts have several versions on purpose: who shares which, and why.
 VERSIONS = {
     "env_name": ("atari | continuous discrete ilo offline", "Atari ids carry NoFrameskip"),
-    "parse_args": ("atari discrete ilo | continuous | offline", "--preset; offline --env-id may be left out"),
+    "parse_args": ("atari ilo | continuous | discrete | offline", "one distance; --preset; --env-id may be left out"),
     "validate": ("atari | continuous | discrete | ilo | offline", "other flags"),
     "make_envs": ("atari | continuous | discrete | ilo | offline", "the action spaces and switches of each setting"),
     "QNetwork.__init__": ("atari | continuous | discrete | ilo | offline", "convolutions; any number of layers"),
@@ -73,7 +73,7 @@ FIELD_VERSIONS = {
     "updates_per_step": ("atari | continuous ilo | discrete", "measured"),
     "eval_every": ("atari | continuous | discrete | ilo | offline", "length of a run"),
     "eval_episodes": ("atari continuous ilo | discrete offline", "length of an episode"),
-    "checkpoint_every": ("atari discrete | continuous | ilo | offline", "length of a run"),
+    "checkpoint_every": ("atari | continuous | discrete | ilo | offline", "length of a run"),
     "learning_starts": ("continuous | ilo", "uniformly random actions, for the inverse dynamics"),
     "cloning_weight": ("continuous | offline", "offline it does not fade"),
     "hidden_size": ("continuous ilo | discrete | offline", "measured"),

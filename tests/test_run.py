@@ -612,3 +612,106 @@ def test_entries_beyond_obs_dims_are_not_seen(script, flags, standardize, tmp_pa
     with torch.no_grad():
         actions = torch.cat([policy.act(obs) for policy in policies])
     assert actions.isfinite().all() and (actions == actions[0]).all()
+
+
+SCRIPTS = ["iq_discrete", "iq_atari", "iq_continuous", "iq_offline", "iq_ilo"]
+
+
+@pytest.mark.parametrize("script, alpha", [("iq_discrete", 5.0), ("iq_offline", 50.0)])
+def test_chi2_of_an_environment_s_settings_is_not_added_to_another_distance(script, alpha):
+    parse, lander = importlib.import_module(script).parse_args, ["--env-id", "LunarLander-v3"]
+    assert parse(lander).chi2_alpha == alpha
+    assert parse([*lander, "--divergence", "kl"]).chi2_alpha is None
+    assert parse([*lander, "--divergence", "kl", "--chi2-alpha", "2"]).chi2_alpha == 2
+
+
+@pytest.mark.parametrize("script, env_id, words", [("iq_discrete", "LunarLander-v3", "(default: v0_expert)"),
+                                                   ("iq_continuous", "Hopper-v5", "(default: 0.97)"),
+                                                   ("iq_offline", "LunarLander-v3", "(default: 50.0)"),
+                                                   ("iq_ilo", "LunarLander-v3", "(default: 5000)")])
+def test_help_shows_the_settings_of_the_environment(script, env_id, words, capsys):
+    for arguments, there in ((["--env-id", env_id, "--help"], True), (["--env-id", "Acrobot-v1", "--help"], False)):
+        with pytest.raises(SystemExit) as exit:
+            importlib.import_module(script).main(arguments)
+        assert exit.value.code == 0
+        assert (words in " ".join(capsys.readouterr().out.replace("│", " ").split())) is there
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_path_that_is_too_long_is_bad_input(script, tmp_path, capsys):
+    long = "x" * 300
+    for arguments in (["--demos", long], ["--demos", f"{long}.npz"], ["--evaluate", long], ["--resume", long]):
+        assert importlib.import_module(script).main([*arguments, "--out-dir", str(tmp_path)]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_weights_and_biases_without_a_login_is_bad_input(command, tmp_path, capsys, monkeypatch):
+    import wandb
+
+    def init(*_, **__):
+        raise wandb.errors.UsageError("no API key")
+
+    monkeypatch.setattr(wandb, "init", init)
+    assert iq_discrete.main(command("iq_discrete", "--track")) == 2
+    assert "--track: no API key" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert iq_discrete.main(command("iq_discrete")) == 0
+    assert iq_discrete.main(["--resume", str(tmp_path / "run"), "--track"]) == 2
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("script, random", [("iq_discrete", 23.0), ("iq_continuous", -1199.9)])
+def test_evaluation_gives_the_random_return_of_a_model_that_was_trained_without(script, random, command, tmp_path, capsys):
+    assert MODULES[script].main(command(script, "--eval-every", "0")) == 0
+    assert MODULES[script].main(["--evaluate", str(tmp_path / "run" / "model.pt"), "--eval-episodes", "1"]) == 0
+    assert float(FINAL.search(capsys.readouterr().out.splitlines()[-1]).group(5)) == random
+
+
+def test_evaluation_refuses_switches_that_are_not_the_model_s(command, tmp_path, capsys):
+    grid = ["--env-id", "GridWorld-v0", "--demos", str(ROOT / "demos" / "GridWorld-v0.npz")]
+    assert iq_discrete.main(command("iq_discrete", *grid, "--eval-every", "0")) == 0
+    model = ["--evaluate", str(tmp_path / "run" / "model.pt"), "--eval-episodes", "1"]
+    assert iq_discrete.main([*model, "--random-walls"]) == 2
+    assert "--random-walls True" in capsys.readouterr().err
+    assert iq_discrete.main([*model, "--env-id", "GridWorld-v0"]) == 0
+
+
+def test_cloning_saves_the_temperature_of_its_own_policy(command, tmp_path):
+    assert iq_discrete.main(command("iq_discrete", "--objective", "bc", "--eval-every", "0")) == 0
+    assert iq_discrete.load_model(str(tmp_path / "run" / "model.pt"))[1]["temperature"] == 1.0
+
+
+def test_a_longer_run_that_is_resumed_does_not_warm_up_again(command, tmp_path):
+    """It had begun to learn after a tenth of its first 300 steps."""
+    assert iq_continuous.main(command("iq_continuous", "--learning-starts", "1000", "--eval-every", "0")) == 0
+    assert int(rows(tmp_path / "run")[-1]["updates"]) == 270
+    assert iq_continuous.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "400"]) == 0
+    assert int(rows(tmp_path / "run")[-1]["updates"]) == 370
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_the_state_reward_is_fitted_says_how_to_go_on(number, status, tmp_path):
+    arguments = ("--num-demos 1 --total-timesteps 40 --learning-starts 10 --eval-every 0 --reward-updates 1000000 "
+                 "--run-name run --out-dir").split() + [str(tmp_path)]
+    process = subprocess.Popen([sys.executable, ROOT / "iq_ilo.py", *arguments], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert "Traceback" not in err and "iq_ilo.py --resume" in out.splitlines()[-1]
+
+
+def test_an_environment_of_a_module_is_the_one_in_the_file():
+    for module in (iq_discrete, iq_continuous, iq_ilo):
+        assert module.env_name("mine:MyCart-v0") == module.env_name("MyCart-v0") == "MyCart"
+
+
+def test_implied_reward_takes_terminations_as_a_file_has_them():
+    torch.manual_seed(0)
+    network, obs, ends = iq_discrete.QNetwork((4,), 2), torch.rand(2, 4), torch.tensor([True, False])
+    one, other = (iq_discrete.implied_reward(network, obs, torch.tensor([0, 1]), obs, terminated, 0.9, 0.1)
+                  for terminated in (ends, ends.float()))
+    assert torch.equal(one, other)
