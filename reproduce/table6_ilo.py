@@ -21,6 +21,7 @@ TASKS = {  # task: script with actions, seeds, published mean ± sd with 1 and w
     "Walker2d-v5": ("iq_continuous.py", 1, {1: ""}),
     "Ant-v5": ("iq_continuous.py", 1, {1: ""}),
 }
+LONGER = {task: "--total-timesteps 100000 --anneal-lr 0.5 " for task in ("Walker2d-v5", "Ant-v5")}
 METHODS = {  # the flags after the script; None: the task's script with actions
     "idm": "iq_ilo.py",
     "with actions": None,
@@ -80,10 +81,11 @@ def main(cores: tuple[int, ...] = (0, 1), tasks: tuple[str, ...] = bundled(TASKS
             for n in sorted(set(published) & set(demos)):
                 for method in methods:
                     if i < min(seeds or most, most):
+                        more = "" if method == "with actions" else LONGER.get(task, "")
                         name = f"table6_{task}_{n}_{method.replace(' ', '-')}_{101 + i}"
                         jobs.append(({"task": task, "demos": n, "method": method, "seed": 101 + i},
                                      f"{METHODS[method] or with_actions} --env-id {task} --num-demos {n} --seed {101 + i} "
-                                     f"--eval-episodes 20 --run-name {name}"))
+                                     f"--eval-episodes 20 {more}--run-name {name}"))
 
     def after(run_dir: Path) -> dict:
         _, task, n, method, seed = run_dir.name.split("_")
