@@ -455,6 +455,10 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args) ->
             check(data[name].ndim == 1 and data[name].dtype.kind in "biuf" and np.isin(data[name], (0, 1)).all(),
                   f"{where}: {name} of {data[name].dtype} and shape {data[name].shape}, beginning "
                   f"{data[name].reshape(-1)[:5]}, expected true or false")
+    inside = np.setdiff1d(np.flatnonzero(data.get("terminations", [])), np.cumsum(lengths) - 1)
+    if len(inside):
+        print(f"warning: {where}: {len(inside)} terminations before the end of an episode, the first at action {inside[0]}; "
+              "are episode_lengths right?", file=sys.stderr)
     if "rewards" in data:
         check(data["rewards"].ndim == 1 and data["rewards"].dtype.kind in "biuf",
               f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected numbers")

@@ -413,6 +413,14 @@ def test_compressed_file(tmp_path, good):
     same(load(tmp_path / "demos.npz"), load(good))
 
 
+def test_a_termination_inside_an_episode_warns_and_trains(tmp_path, capsys):
+    data = demonstrations()
+    assert train(iq_discrete, tmp_path, demos=write(tmp_path / "inside.npz",
+                                                    edited(data, terminations=at(data["terminations"], 8, True)))) == 0
+    err = capsys.readouterr().err
+    assert "1 terminations before the end of an episode, the first at action 8" in err and "episode_lengths" in err
+
+
 def test_another_version_warns_and_trains(tmp_path, capsys):
     path = write(tmp_path / "demos.npz", demonstrations(env_id="CartPole-v0"))
     assert train(iq_discrete, tmp_path, demos=path) == 0
