@@ -58,9 +58,12 @@ def draw(rows: list[dict], path: Path) -> None:
 
     panels = [(task, str(n)) for task, (_, _, published) in TASKS.items() for n in published
               if any((r["task"], r["demos"]) == (task, str(n)) for r in rows)]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.2), squeeze=False)
+    columns, lines = min(5, len(panels)), -(-len(panels) // 5)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 3.2 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     curves = read_rows(CURVES)
-    for (task, n), axis in zip(panels, axes[0]):
+    for (task, n), axis in zip(panels, axes.flat):
         draw_curves(axis, curves, {"task": task, "demos": n}, METHODS)
         own = [r for r in rows if (r["task"], r["demos"]) == (task, n)]
         axis.axhline(np.mean([float(r["expert"]) for r in own]), linestyle="--", color="black", label="expert")
