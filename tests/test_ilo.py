@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -271,7 +272,7 @@ def test_the_reward_network_is_the_mean_of_the_implied_reward_over_next_states()
             return (obs[:, 1] > 0).long()
 
     args = iq_ilo.Args(gamma=0.9, temperature=0.5, batch_size=64, reward_updates=400)
-    reward = iq_ilo.fit_reward(critic, policy, Named(), demos, replay, args)
+    reward = iq_ilo.fit_reward(critic, policy, Named(), demos, replay, args, SimpleNamespace(signum=0))
     r = iq_ilo.implied_reward(critic, policy, *batch, 0.9, 0.5).detach()
     fitted = reward(batch.obs, batch.action).detach()
     torch.testing.assert_close(fitted[0], (r[0] + r[1]) / 2, atol=0.02, rtol=0)
