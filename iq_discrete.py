@@ -52,7 +52,7 @@ SCRIPT = "iq_discrete"
 RANDOM_RETURN = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
-    # With `value` falling pays off the demonstrations (276 instead of 396 from 25 transitions); here play enters χ² alone.
+    # With `value`, falling pays where no demonstration is (276, not 396, from 25 transitions); here play enters χ² alone.
     "CartPole": {"value_loss": "value_expert", "temperature": 0.1, "learning_rate": 3e-4, "average_rate": 0.0005,
                  "total_timesteps": 10_000},
     "Acrobot": {"temperature": 0.1, "total_timesteps": 10_000},

@@ -57,7 +57,7 @@ SETTINGS: dict[str, dict] = {
     "CartPole": {"temperature": 0.1, "hidden_layers": 0, "learning_rate": 3e-3, "total_updates": 3_000},
     "Acrobot": {"standardize_obs": False, "total_updates": 3_000},
     "LunarLander": {"standardize_obs": False, "hidden_size": 256, "weight_decay": 0.1, "temperature": 1.0,
-                    "chi2_alpha": 50.0, "total_updates": 3_000},  # near to cloning; this α acts with every distance
+                    "chi2_alpha": 50.0, "total_updates": 3_000},  # near to cloning
     "Hopper": MUJOCO, "HalfCheetah": MUJOCO, "Walker2d": MUJOCO, "Humanoid": MUJOCO,
     "Ant": MUJOCO | {"obs_dims": 27},  # without the contact forces, as in iq_continuous.py
 }

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parent
 SEEDS = range(101, 106)
 NUMBERS = (1, 3, 7, 10, 15)
 TASKS = {"CartPole": ("CartPole-v1", 20), "Acrobot": ("Acrobot-v1", 5), "LunarLander": ("LunarLander-v3", 5)}
-# W1 bounds the slope of Q, so its τ is small; χ²'s α, which iq_offline.py's settings give LunarLander, is off.
+# W1 bounds the slope of Q, so its τ is small; no χ² joins it.
 METHODS = {"chi2": "", "w1": "--divergence w1 --temperature 0.01 --chi2-alpha None", "bc": "--objective bc"}
 NAMES = {"chi2": "IQ-Learn, χ²", "w1": "IQ-Learn, W1", "bc": "cloning"}
 

@@ -412,6 +412,8 @@ def test_holdout_keeps_out_whole_episodes(tmp_path):
     kept, held = (set(rows.obs[:, 0].tolist()) for rows in (part.transitions, part.holdout))
     assert len(kept) == 2 and len(held) == 1 and not kept & held
     assert len(part.transitions.obs) + len(part.holdout.obs) == 15 and len(part.initial_obs) == 2
+    single = demonstrations(np.arange(25) % 2, lengths=[1] * 25)
+    assert len(load(tmp_path, single, holdout=0.28, num_demos=0).holdout.obs) == 7  # 0.28·25 is a little above 7 in floats
 
 
 def test_one_class_of_action_only_trains_and_warns(tmp_path, command, capsys):

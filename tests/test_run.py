@@ -709,9 +709,27 @@ def test_an_environment_of_a_module_is_the_one_in_the_file():
         assert module.env_name("mine:MyCart-v0") == module.env_name("MyCart-v0") == "MyCart"
 
 
-def test_implied_reward_takes_terminations_as_a_file_has_them():
-    torch.manual_seed(0)
-    network, obs, ends = iq_discrete.QNetwork((4,), 2), torch.rand(2, 4), torch.tensor([True, False])
-    one, other = (iq_discrete.implied_reward(network, obs, torch.tensor([0, 1]), obs, terminated, 0.9, 0.1)
-                  for terminated in (ends, ends.float()))
-    assert torch.equal(one, other)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_implied_reward_takes_terminations_as_a_file_has_them(script):
+    module, obs = importlib.import_module(script), torch.rand(2, 4)
+    if script == "iq_continuous":
+        networks, action = (module.QNetwork((4,), 1), module.Actor((4,), [-1.0], [1.0])), torch.zeros(2, 1)
+    else:
+        sizes = {"iq_atari": (2,), "iq_ilo": ((4,), 2, True)}.get(script, ((4,), 2))
+        network, action = module.QNetwork(*sizes), torch.tensor([0, 1])
+        networks = {"iq_offline": (network, None), "iq_ilo": (network, iq_ilo.Softmax(network))}.get(script, (network,))
+    if script == "iq_atari":
+        obs = torch.zeros(2, 4, 84, 84, dtype=torch.uint8)
+    rewards = []
+    for terminated in (torch.tensor([True, False]), torch.tensor([1.0, 0.0])):
+        torch.manual_seed(0)
+        rewards.append(module.implied_reward(*networks, obs, action, obs, terminated, 0.9, 0.1))
+    assert torch.equal(*rewards)
+
+
+def test_a_saved_atari_model_is_played_in_the_precision_it_was_trained_in(command, tmp_path, monkeypatch):
+    seen, model = [], str(tmp_path / "run" / "model.pt")
+    assert iq_atari.main(command("iq_atari")) == 0
+    monkeypatch.setattr(iq_atari, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(iq_atari, "evaluate", lambda network, *_: seen.append(network.autocast) or np.zeros(1))
+    assert iq_atari.main(["--evaluate", model]) == 0 and seen == [True]
