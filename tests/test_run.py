@@ -617,7 +617,7 @@ def test_entries_beyond_obs_dims_are_not_seen(script, flags, standardize, tmp_pa
 SCRIPTS = ["iq_discrete", "iq_atari", "iq_continuous", "iq_offline", "iq_ilo"]
 
 
-@pytest.mark.parametrize("script, alpha", [("iq_discrete", 5.0), ("iq_offline", 50.0)])
+@pytest.mark.parametrize("script, alpha", [("iq_discrete", 50.0), ("iq_offline", 50.0)])
 def test_chi2_of_an_environment_s_settings_is_not_added_to_another_distance(script, alpha):
     parse, lander = importlib.import_module(script).parse_args, ["--env-id", "LunarLander-v3"]
     assert parse(lander).chi2_alpha == alpha
@@ -625,7 +625,7 @@ def test_chi2_of_an_environment_s_settings_is_not_added_to_another_distance(scri
     assert parse([*lander, "--divergence", "kl", "--chi2-alpha", "2"]).chi2_alpha == 2
 
 
-@pytest.mark.parametrize("script, env_id, words", [("iq_discrete", "LunarLander-v3", "(default: v0_expert)"),
+@pytest.mark.parametrize("script, env_id, words", [("iq_discrete", "LunarLander-v3", "(default: 50.0)"),
                                                    ("iq_continuous", "Hopper-v5", "(default: 0.97)"),
                                                    ("iq_offline", "LunarLander-v3", "(default: 50.0)"),
                                                    ("iq_ilo", "LunarLander-v3", "(default: 5000)")])
