@@ -59,9 +59,8 @@ DISCRETE = {"learning_starts": 500, "value_loss": "value", "target_rate": 0.0, "
 SETTINGS: dict[str, dict] = {
     "CartPole": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
     "Acrobot": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
-    # The loss of τ 0.01 and α 0.5 for Q 100 times as large, which makes the first policies soft, as in iq_discrete.py.
-    "LunarLander": DISCRETE | {"learning_starts": 5_000, "temperature": 1.0, "chi2_alpha": 50.0,
-                               "total_timesteps": 20_000},
+    "LunarLander": DISCRETE | {"learning_starts": 5_000, "value_loss": "v0_expert", "temperature": 0.1,
+                               "total_timesteps": 30_000},
     # Half of the play is random and observations are noisy, so that the reward is smooth over the whole plane. For the
     # imitation alone --obs-noise 0 --temperature 0.01 is better.
     "PointMaze": {"hidden_size": 64, "batch_size": 64, "num_demos": 0, "actor_lr": 3e-4, "average_rate": 0.002,
