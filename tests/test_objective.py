@@ -245,11 +245,13 @@ def test_loss_gradient_by_finite_differences(script, value_loss, chi2_rows, with
 @pytest.mark.parametrize("chi2_rows", ["expert", "both"])
 @pytest.mark.parametrize("value_loss", VALUE_LOSSES)
 def test_loss_scales_with_q_temperature_and_alpha(script, value_loss, chi2_rows):
-    """Q, τ and α times c is the loss times c, and the same policy: LunarLander's τ 1 and α 50 are 0.01 and 0.5."""
+    """Q, τ and α times c is the loss times c, and the same policy: so τ 1 and α 50 are 0.01 and 0.5."""
     args = hand_args(script, value_loss=value_loss, chi2_rows=chi2_rows, temperature=0.01, chi2_alpha=0.5)
-    losses = [script.module.iq_loss(script.table(c * torch.tensor(HAND_Q, dtype=F64)), None, hand_batch(script), 2,
-                                    script.encode(HAND_INITIAL, 3), replace(args, temperature=0.01 * c, chi2_alpha=0.5 * c))[0]
-              for c in (1, 100)]
+    losses = []
+    for c in (1, 100):
+        scaled = replace(args, temperature=0.01 * c, chi2_alpha=0.5 * c)
+        network = script.table(c * torch.tensor(HAND_Q, dtype=F64))
+        losses.append(script.module.iq_loss(network, None, hand_batch(script), 2, script.encode(HAND_INITIAL, 3), scaled)[0])
     torch.testing.assert_close(losses[1], 100 * losses[0])
 
 
