@@ -879,7 +879,7 @@ def train(args: Args) -> Path:
         network.obs_std.fill_(64.0)  # a quarter of the range: smaller steps of grey count for more
     network.autocast = args.bfloat16 and has_bfloat16(device)
     print(f"network in {'bfloat16' if network.autocast else 'float32'}", flush=True)
-    target = deepcopy(network) if args.target_rate else None
+    target = deepcopy(network) if args.target_rate else None  # DEVIATION: with discrete actions the paper has none
     average = deepcopy(network) if args.average_rate else None  # DEVIATION: the paper has the last iterate
     policy = average or network  # what is evaluated and saved
     optimizer = torch.optim.Adam(network.parameters(), lr=args.learning_rate, fused=True)

@@ -1042,7 +1042,7 @@ def train(args: Args) -> Path:
             module.obs_std[args.obs_dims :] = np.inf
     # With continuous actions V(s') of a target network without gradient, as the paper has it there.
     args = replace(args, target_rate=args.target_rate if args.target_rate is not None else 0.0 if num_actions else 0.005)
-    target = deepcopy(network) if args.target_rate else None
+    target = deepcopy(network) if args.target_rate else None  # DEVIATION: with discrete actions the paper has none
     average = deepcopy(actor or network) if args.average_rate else None  # DEVIATION: the paper has the last iterate
     # What is evaluated and saved.
     saved_network, saved_actor = (network, average or actor) if actor else (average or network, None)
