@@ -970,7 +970,7 @@ def train(args: Args) -> Path:
                 if playing:  # expert rows first
                     batch = Batch(*(torch.cat(rows) for rows in zip(draw(demos, n), replay.sample(n))))
                     fade = args.cloning_weight * max(0.0, 1 - run.step / args.cloning_steps)
-                    run.terms = update(batch, initial.sample(n)[0], torch.tensor(fade, device=device))
+                    run.terms = update(batch, initial.sample(n)[0], torch.full((), fade, device=device))
                 else:
                     run.terms = clone(draw(demos, n))
                     if average:  # before play it is the actor itself, so that it starts where play does
