@@ -133,7 +133,7 @@ TABLE = {
     "HalfCheetah-v5": (trained_expert, 25, 4_900.0, 20_000, 0.5),
     "Walker2d-v5": (trained_expert, 25, 4_600.0, 20_000, 0.5),
     "Ant-v5": (trained_expert, 25, 4_400.0, 20_000, 0.5),
-    "Humanoid-v5": (trained_expert, 5, 4_900.0, 20_000, 0.5),
+    "Humanoid-v5": (trained_expert, 7, 4_900.0, 20_000, 0.5),
 }
 RANDOM_GRIDS = 1_000  # episodes where walls, start or goal are random: most of what a clone needs is more grids
 
