@@ -17,6 +17,7 @@ FLAGS = {
 
 def strict(function):
     """`function`, in which from the eleventh call on a wait for the GPU is an error; the first ones allocate."""
+
     def wrapped(*args, **kwargs):
         wrapped.calls += 1
         torch.cuda.set_sync_debug_mode("error" if wrapped.calls > 10 else "default")
