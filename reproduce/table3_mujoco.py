@@ -13,7 +13,8 @@ from common import bundled, draw_curves, keep_curve, mean_sd, read_rows, run_all
 
 FOLDER = Path(__file__).resolve().parent
 CURVES = FOLDER / "table3_mujoco_curves.csv"
-TASKS = {"HalfCheetah-v5": (5, 30_000), "Hopper-v5": (5, 40_000), "Ant-v5": (5, 50_000), "Walker2d-v5": (3, 120_000)}
+TASKS = {"HalfCheetah-v5": (5, 30_000), "Hopper-v5": (5, 40_000), "Ant-v5": (5, 50_000), "Walker2d-v5": (3, 120_000),
+         "Humanoid-v5": (1, 300_000)}
 METHODS = {  # flags, tasks
     "iq": ("iq_continuous.py", tuple(TASKS)),
     "bc": ("iq_offline.py --objective bc --total-updates 10000", tuple(TASKS)),
