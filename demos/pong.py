@@ -2,7 +2,8 @@
 
 The policy sees what a learner sees, the 84×84 frames of `AtariVectorEnv`, reduced to a ball and two paddles. It acts at
 random (a deterministic Pong player can fall into a rally that never ends), and so do its eight tries of a rally on
-cloned emulator states; the one that scores first is played. The games end 21 to 0 or 21 to 1, and their states vary.
+cloned emulator states; the one that scores first is played. A fifth of the rallies are meant to be lost: whoever never
+sees the serve that follows a lost rally loses the game with the first one.
 """
 from pathlib import Path
 
@@ -25,6 +26,7 @@ STAGES = [
     (819_200, 3e-4, 0.995, 0.0, 0.0, 0.0),
     (819_200, 4e-4, 0.99, 0.002, 0.03, 0.002),
 ]
+LOST = 0.2  # share of the rallies that are meant to be lost; the tries of about a quarter of them allow it
 
 
 def see(frames: np.ndarray) -> np.ndarray:
@@ -124,9 +126,10 @@ def decide(emulator: ALEInterface, action: int) -> tuple[int, np.ndarray]:
     return reward, cv2.resize(np.maximum(screens[2], screens[3]), (84, 84), interpolation=cv2.INTER_AREA)
 
 
-def plan_game(model: PPO, emulators: list[ALEInterface], no_ops: int) -> list[int]:
+def plan_game(model: PPO, emulators: list[ALEInterface], no_ops: int, rng: np.random.Generator) -> list[int]:
     """The actions of one game. For each rally every emulator plays a try from the same state, and the first to score
-    is kept; if none scores within 400 decisions, one that is still in play; else the longest."""
+    is kept, or, where the rally is meant to be lost, the first to lose. If none does within 400 decisions, one that
+    scores, else one that is still in play, else the longest."""
     first = emulators[0]
     first.reset_game()
     for _ in range(no_ops):
@@ -139,6 +142,7 @@ def plan_game(model: PPO, emulators: list[ALEInterface], no_ops: int) -> list[in
             emulator.restoreState(state)
         histories, tries = np.repeat(history, len(emulators), 0), [[] for _ in emulators]
         result, playing = np.zeros(len(emulators)), np.ones(len(emulators), bool)
+        wanted = -1 if rng.random() < LOST else 1
         for _ in range(400):
             with torch.no_grad():
                 chosen = model.policy.get_distribution(torch.as_tensor(features(histories))).sample().numpy()
@@ -147,9 +151,10 @@ def plan_game(model: PPO, emulators: list[ALEInterface], no_ops: int) -> list[in
                 histories[i] = np.concatenate([histories[i, 1:], see(frame[None])])
                 tries[i].append(int(ACTIONS[chosen[i]]))
                 result[i], playing[i] = reward, reward == 0
-            if (result > 0).any() or not playing.any():
+            if (result == wanted).any() or not playing.any():
                 break
-        best = int(np.argmax(1000 * (result >= 0) + 1000 * (result > 0) + [len(t) for t in tries]))
+        merit = 3000 * (result == wanted) + 1000 * (result > 0) + 1000 * (result >= 0)
+        best = int(np.argmax(merit + [len(t) for t in tries]))
         actions += tries[best]
         score[0 if result[best] > 0 else 1] += result[best] != 0
         history = histories[best : best + 1].copy()
@@ -161,6 +166,7 @@ def record(episodes: int, seed: int, cache: Path) -> dict[str, np.ndarray]:
     """Demonstrations as seeds, actions and returns, played again on the vector environment that loads them."""
     model = train_expert(cache)
     torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     emulators = []
     for _ in range(8):
@@ -170,7 +176,7 @@ def record(episodes: int, seed: int, cache: Path) -> dict[str, np.ndarray]:
     seeds = np.arange(seed, seed + episodes)
     envs = AtariVectorEnv("pong", episodes, reward_clipping=False, autoreset_mode=AutoresetMode.SAME_STEP)
     _, info = envs.reset(seed=seeds)
-    games = [plan_game(model, emulators, no_ops) for no_ops in info["episode_frame_number"]]
+    games = [plan_game(model, emulators, no_ops, rng) for no_ops in info["episode_frame_number"]]
     lengths, returns, running = np.array([len(game) for game in games]), np.zeros(episodes), np.ones(episodes, bool)
     for t in range(lengths.max()):
         _, reward, terminated, truncated, _ = envs.step(np.array([game[t] if t < len(game) else 0 for game in games]))
