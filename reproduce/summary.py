@@ -25,6 +25,8 @@ ENTRIES = [
      f"{CONTINUOUS} --env-id Walker2d-v5`"),
     ("Ant, 1", "table3_mujoco", {"task": "Ant-v5", "method": "iq"}, {"method": "bc"}, "4363 (4700)",
      f"{CONTINUOUS} --env-id Ant-v5`"),
+    ("Humanoid, 1", "table3_mujoco", {"task": "Humanoid-v5", "method": "iq"}, {"method": "bc"}, "5227 (5313)",
+     f"{CONTINUOUS} --env-id Humanoid-v5`"),
     ("offline CartPole, 1, 1 in 20", "figure2_offline", {"task": "CartPole", "demos": "1", "method": "chi2"},
      {"method": "bc"}, "460 (500)", f"{OFFLINE} --env-id CartPole-v1 --num-demos 1 --subsample-freq 20`"),
     ("offline Acrobot, 1, 1 in 5", "figure2_offline", {"task": "Acrobot", "demos": "1", "method": "chi2"},
