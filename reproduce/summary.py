@@ -70,7 +70,7 @@ def table() -> str:
             random = next((r["eval_return"] for r in rows if r["method"] == "random"), iq[0]["random"])
             lines.append(f"| {setting} | {mean_sd(iq, 'eval_return')} | {len(iq)} | {mean_sd(iq, 'expert').split()[0]} | "
                          f"{mean_sd(bc, 'eval_return') if bc else ''} | {float(random):.1f} | {paper} | "
-                         f"{minutes:.2g} | {command} |")
+                         f"{minutes:.{0 if minutes >= 100 else 2}{'f' if minutes >= 100 else 'g'}} | {command} |")
     return "\n".join(lines) + "\n"
 
 
