@@ -51,8 +51,8 @@ from tqdm import tqdm
 SCRIPT = "iq_ilo"
 # Mean return of uniformly random actions, 100 episodes, seeds 0 to 99; measured when an environment is missing.
 RANDOM_RETURN: dict[str, float] = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5, "Hopper": 15.4,
-                                   "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": -53.6, "Pendulum": -1199.9,
-                                   "InvertedPendulum": 4.4}
+                                   "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": -53.6, "Humanoid": 112.4,
+                                   "Pendulum": -1199.9, "InvertedPendulum": 4.4}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 DISCRETE = {"learning_starts": 500, "value_loss": "value", "target_rate": 0.0, "layer_norm": False, "standardize_obs": False,
             "batch_size": 32}
@@ -67,7 +67,7 @@ SETTINGS: dict[str, dict] = {
                   "temperature": 0.1, "obs_noise": 0.06, "learning_starts": 4_000, "total_timesteps": 8_000,
                   "eval_every": 2_000},
     "Hopper": {"gamma": 0.97, "temperature": 0.1, "total_timesteps": 40_000},
-    "Ant": {"obs_dims": 27},  # without the contact forces, as in iq_continuous.py
+    "Ant": {"obs_dims": 27}, "Humanoid": {"obs_dims": 45},  # positions and velocities, as in iq_continuous.py
     "Pendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
     "InvertedPendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
 }

@@ -2,8 +2,8 @@
 
 The policy sees what a learner sees, the 84×84 frames of `AtariVectorEnv`, reduced to a ball and two paddles. It acts at
 random (a deterministic Pong player can fall into a rally that never ends), and so do its eight tries of a rally on
-cloned emulator states; the one that scores first is played. A fifth of the rallies are meant to be lost: whoever never
-sees the serve that follows a lost rally loses the game with the first one.
+cloned emulator states; the one that scores first is played. A fifth of the rallies are meant to be lost: an
+imitator that never saw the serve after a lost rally can lose the whole game with its first one.
 """
 from pathlib import Path
 
@@ -26,7 +26,7 @@ STAGES = [
     (2_162_688, 1e-3, 0.99, 0.01, 0.03, 0.0),
     (3_276_800, 5e-4, 0.99, 0.003, 0.03, 0.002),
 ]
-LOST = 0.2  # share of the rallies that are meant to be lost; the tries of about a quarter of them allow it
+LOST = 0.2  # share of the rallies that are meant to be lost; and are, where one of the eight tries loses
 
 
 def see(frames: np.ndarray) -> np.ndarray:

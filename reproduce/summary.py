@@ -67,10 +67,11 @@ def table() -> str:
         bc = [r for r in rows if cloning and (own | cloning).items() <= r.items()]
         if iq:
             minutes = np.mean([float(r["seconds"]) for r in iq]) / 60
+            minutes = f"{minutes:.0f}" if minutes >= 10 else f"{minutes:.2g}"
             random = next((r["eval_return"] for r in rows if r["method"] == "random"), iq[0]["random"])
             lines.append(f"| {setting} | {mean_sd(iq, 'eval_return')} | {len(iq)} | {mean_sd(iq, 'expert').split()[0]} | "
                          f"{mean_sd(bc, 'eval_return') if bc else ''} | {float(random):.1f} | {paper} | "
-                         f"{minutes:.{0 if minutes >= 100 else 2}{'f' if minutes >= 100 else 'g'}} | {command} |")
+                         f"{minutes} | {command} |")
     return "\n".join(lines) + "\n"
 
 
