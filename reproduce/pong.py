@@ -52,6 +52,7 @@ def table(rows: list[dict]) -> str:
 
 def main(cores: tuple[int, ...] = (0, 1), seeds: tuple[int, ...] = (103, 104, 105), methods: tuple[str, ...] = ("iq", "bc")):
     """Run what is missing."""
+    torch.set_num_threads(1)  # the further games are played here, beside a training
     jobs = [({"method": method, "seed": seed},
              f"iq_atari.py --env-id PongNoFrameskip-v4 --seed {seed}{METHODS[method]} --run-name pong_{method}_{seed}")
             for method in methods for seed in seeds]
