@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -79,6 +80,19 @@ def test_the_tables_are_made_from_the_csv_files(name):
         rows = list(csv.DictReader(file))
     assert rows and all(row["commit"] and row["command"] for row in rows)
     assert module.table(rows) == (ROOT / "reproduce" / f"{name}.md").read_text()
+
+
+def test_table_3_ran_with_the_settings_that_the_script_has_now():
+    """The command of a row, read as the script reads it, is the plain `--env-id X` but for seed, name and readings."""
+    import iq_continuous
+
+    with open(ROOT / "reproduce" / "table3_mujoco.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["method"] == "iq"]
+    assert {row["task"] for row in rows} == set(importlib.import_module("table3_mujoco").TASKS)
+    for row in rows:
+        ran = dataclasses.asdict(iq_continuous.parse_args(shlex.split(row["command"])[2:]))
+        now = dataclasses.asdict(iq_continuous.parse_args(["--env-id", row["task"]]))
+        assert {name for name in ran if ran[name] != now[name]} <= {"seed", "run_name", "eval_every"}, row["task"]
 
 
 def test_the_table_of_the_readme_is_made_from_the_csv_files():
