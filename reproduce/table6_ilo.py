@@ -21,7 +21,7 @@ TASKS = {  # task: script with actions, seeds, published mean ± sd with 1 and w
     "Walker2d-v5": ("iq_continuous.py", 1, {1: ""}),
     "Ant-v5": ("iq_continuous.py", 1, {1: ""}),
 }
-LONGER = {task: "--total-timesteps 200000 --anneal-lr 0.5 " for task in ("Walker2d-v5", "Ant-v5")}
+LONGER = {task: "--total-timesteps 200000 --anneal-lr 0.5 " for task in ("HalfCheetah-v5", "Walker2d-v5", "Ant-v5")}
 METHODS = {  # the flags after the script; None: the task's script with actions
     "idm": "iq_ilo.py",
     "with actions": None,
