@@ -57,8 +57,7 @@ RANDOM_RETURN: dict[str, float] = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLa
 DISCRETE = {"learning_starts": 500, "value_loss": "value", "target_rate": 0.0, "layer_norm": False, "standardize_obs": False,
             "batch_size": 32}
 SETTINGS: dict[str, dict] = {
-    "CartPole": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "anneal_lr": 0.5,  # without 462, with 475 (7 to 12)
-                            "total_timesteps": 10_000, "eval_every": 2_000},
+    "CartPole": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
     "Acrobot": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
     "LunarLander": DISCRETE | {"learning_starts": 5_000, "value_loss": "v0_expert", "temperature": 0.1,
                                "total_timesteps": 30_000},
