@@ -19,10 +19,11 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 ACTIONS = np.array([0, 2, 3])  # stay, up, down among the game's six
 ROWS, COLUMNS = np.arange(14, 77, dtype=np.float32), np.arange(11, 74, dtype=np.float32)  # the field between paddles
-# Stages of training: decisions, learning rate, discount, entropy bonus, share of random actions, cost of a decision, cost of
-# an action that is not the last one. The first rallies on and on; the second, in which time costs, learns to score; the third,
-# in which changes cost too, learns to play calmly, which is quicker to imitate. A training with a bonus of 0.003 or less, and
-# random actions in its last stage alone, stood at 1.8 a game after 4.5 million: it lost the same serve every time.
+# Stages of training: decisions, learning rate, discount, entropy bonus, share of random actions, cost of a decision,
+# cost of an action that is not the last one. The first rallies on and on; the second, in which time costs, learns to
+# score; the third, in which changes cost too, learns to play calmly, which is quicker to imitate. A training with a
+# bonus of 0.003 or less, and random actions in its last stage alone, stood at 1.8 a game after 4.5 million: it lost
+# the same serve every time.
 STAGES = [
     (2_162_688, 1e-3, 0.99, 0.01, 0.03, 0.0, 0.0),
     (2_621_440, 5e-4, 0.99, 0.003, 0.03, 0.002, 0.0),
