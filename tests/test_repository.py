@@ -101,6 +101,36 @@ def test_the_table_of_the_readme_is_made_from_the_csv_files():
     assert summary.table() in README
 
 
+def mean(name: str, column: str = "eval_return", **labels: str) -> float:
+    """The mean of a column over those rows of reproduce/<name>.csv that have `labels`."""
+    with open(ROOT / "reproduce" / f"{name}.csv") as file:
+        values = [float(row[column]) for row in csv.DictReader(file) if labels.items() <= row.items()]
+    assert values, (name, labels)
+    return float(np.mean(values))
+
+
+def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
+    cartpole, paper, offline = {"task": "CartPole, 1 in 20", "demos": "1"}, "iq, published settings", {"demos": "10"}
+    curve = {"name": "pong_curves", "column": "eval_return_mean", "updates": "4000"}
+    sentences = [
+        f"cloning ({mean('discrete', method='bc', **cartpole):.0f}) beats IQ-Learn "
+        f"({mean('discrete', method='iq', **cartpole):.0f})",
+        f"`--preset paper`: {mean('table3_mujoco', task='HalfCheetah-v5', method=paper):.0f} on HalfCheetah, "
+        f"{mean('table3_mujoco', task='Hopper-v5', method=paper):.0f} on Hopper",
+        f"they score {mean(method='iq', **curve):.1f}, clones {mean(method='bc', **curve):.1f}",
+        f"Walker2d reaches {mean('offline_mujoco', task='Walker2d-v5', method='iq', **offline):.0f} "
+        f"(cloning {mean('offline_mujoco', task='Walker2d-v5', method='bc', **offline):.0f})",
+        f"Ant {mean('offline_mujoco', task='Ant-v5', method='iq', **offline):.0f} "
+        f"({mean('offline_mujoco', task='Ant-v5', method='bc', **offline):.0f})",
+    ]
+    assert mean("pong", "lost_of_48", method="iq") == 0 and mean("pong", "lost_of_48", method="bc") == 17 / 3
+    text = " ".join(README.split())
+    assert [sentence for sentence in sentences if sentence not in text] == []
+    pong = [f"{mean('pong', method='iq', seed=seed):.1f}" for seed in ("106", "107", "108")]
+    assert f"{pong[0]}, {pong[1]} and {pong[2]}" in (ROOT / "iq_atari.py").read_text()
+    assert f"{mean('table3_mujoco', task='Humanoid-v5', method='iq'):.0f}" in (ROOT / "iq_continuous.py").read_text()
+
+
 # Least number of episodes in a file, where they are too large for the 30 of all the others.
 EPISODES = {"HalfCheetah-v5": 25, "Hopper-v5": 25, "Walker2d-v5": 25, "Ant-v5": 25, "Humanoid-v5": 7}
 
