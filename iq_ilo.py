@@ -54,13 +54,15 @@ RANDOM_RETURN: dict[str, float] = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLa
                                    "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": -53.6, "Humanoid": 112.4,
                                    "Pendulum": -1199.9, "InvertedPendulum": 4.4}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
-DISCRETE = {"learning_starts": 500, "value_loss": "value", "target_rate": 0.0, "layer_norm": False, "standardize_obs": False,
-            "batch_size": 32}
+# With discrete actions the loss reads the expert's rows alone, as iq_offline.py's does: there it matters whose actions the
+# model names, and play is what the model learns from.
+DISCRETE = {"learning_starts": 500, "value_loss": "value_expert", "chi2_rows": "expert", "target_rate": 0.0,
+            "layer_norm": False, "standardize_obs": False, "batch_size": 32}
+PLAYED = {"value_loss": "value", "chi2_rows": "both"}  # instead, where --missing-action names no action of the expert's
 SETTINGS: dict[str, dict] = {
     "CartPole": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
     "Acrobot": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
-    "LunarLander": DISCRETE | {"learning_starts": 5_000, "value_loss": "v0_expert", "temperature": 0.1,
-                               "total_timesteps": 30_000},
+    "LunarLander": DISCRETE | {"learning_starts": 5_000, "temperature": 1.0, "chi2_alpha": 50.0},
     # Half of the play is random and observations are noisy, so that the reward is smooth over the whole plane. For the
     # imitation alone --obs-noise 0 --temperature 0.01 is better.
     "PointMaze": {"hidden_size": 64, "batch_size": 64, "num_demos": 0, "actor_lr": 3e-4, "average_rate": 0.002,
@@ -152,6 +154,12 @@ def env_name(env_id: str) -> str:
     return re.split("[/:]", re.sub(r"-v\d+$", "", env_id))[-1]
 
 
+def settings(args: Args) -> dict:
+    """The environment's settings, for the way in which the missing action is treated."""
+    own = SETTINGS.get(env_name(args.env_id), {})
+    return own | PLAYED if own.get("value_loss") == "value_expert" and args.missing_action != "idm" else own
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the environment's settings over the defaults; with `--resume`, over the stopped run's own.
 
@@ -161,7 +169,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
     if not args.resume:
-        return tyro.cli(Args, args=argv, default=replace(Args(), **SETTINGS.get(env_name(args.env_id), {})))
+        return tyro.cli(Args, args=argv, default=replace(Args(), **settings(args)))
     run_dir = Path(args.resume)
     check(os.path.isfile(run_dir / "checkpoint.pt"), f"--resume {run_dir}: no checkpoint.pt found there")
     try:

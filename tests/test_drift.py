@@ -13,7 +13,7 @@ SECTIONS = ["Args", "Environment", "Networks", "Demonstrations and replay", "IQ 
 # Functions, methods and classes of which the scripts have several versions on purpose: who shares which, and why.
 VERSIONS = {
     "env_name": ("atari | continuous discrete ilo offline", "Atari ids carry NoFrameskip"),
-    "parse_args": ("atari ilo | continuous | discrete | offline", "one distance; --preset; --env-id may be left out"),
+    "parse_args": ("atari | continuous | discrete | ilo | offline", "one distance; --preset; --missing-action; no --env-id"),
     "validate": ("atari | continuous | discrete | ilo | offline", "other flags"),
     "make_envs": ("atari | continuous | discrete | ilo | offline", "the action spaces and switches of each setting"),
     "QNetwork.__init__": ("atari | continuous | discrete | ilo | offline", "convolutions; any number of layers"),

@@ -392,6 +392,18 @@ def test_the_experts_actions_are_never_read(env_id, way, tmp_path):
     same_training(*(train(tmp_path, name, *flags, "--demos", str(tmp_path / f"{name}.npz")) for name in files))
 
 
+@pytest.mark.parametrize("env_id, way, value_loss, chi2_rows", [
+    ("CartPole-v1", "idm", "value_expert", "expert"), ("CartPole-v1", "policy", "value", "both"),
+    ("LunarLander-v3", "replay", "value", "both"), ("Hopper-v5", "policy", "v0_expert", "both")])
+def test_the_form_of_the_loss_goes_with_the_missing_action(env_id, way, value_loss, chi2_rows):
+    """An action that is not the expert's cannot be learned from on expert rows alone; a flag that is given wins."""
+    flags = ["--env-id", env_id, "--missing-action", way]
+    args = iq_ilo.parse_args(flags)
+    assert (args.value_loss, args.chi2_rows) == (value_loss, chi2_rows)
+    iq_ilo.validate(args)
+    assert iq_ilo.parse_args([*flags, "--value-loss", "v0"]).value_loss == "v0"
+
+
 class NaNReward(gym.RewardWrapper):
     def reward(self, reward):
         return np.nan
