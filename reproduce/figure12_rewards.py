@@ -15,13 +15,14 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from common import ROOT, code_commit, write_rows
+from common import ROOT, code_commit, read_rows, write_rows
 from scipy.stats import pearsonr, spearmanr
 
 sys.path.insert(0, str(ROOT))
 import iq_continuous
 
 FOLDER = Path(__file__).resolve().parent
+CRITICS = FOLDER / "figure12_rewards_critics.csv"
 SAMPLES = 8  # of V(s') for each transition by the final critic, averaged; the others take one
 
 
@@ -65,13 +66,8 @@ def rewards_of(transitions, kept: list[tuple], args: iq_continuous.Args) -> np.n
     return torch.stack([torch.stack(own).mean(0) for own in samples]).numpy()
 
 
-def correlations(rows: list[dict], steps: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What is compared, by its name: of episode sums, per step, and of the means per step, which length does not enter.
-
-    Args:
-        rows: of the csv file.
-        steps: `[T, 2]` implied reward by the final critic and true one of single steps.
-    """
+def compared(rows: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What of the episodes is compared, by its name: sums, means per step, which length does not enter, and residuals."""
     final, average, true, length = (np.array([float(r[name]) for r in rows])
                                     for name in ("implied", "implied_average", "true", "length"))
     full = length == 1000
@@ -87,73 +83,80 @@ def correlations(rows: list[dict], steps: np.ndarray) -> dict[str, tuple[np.ndar
         "sums of the episodes of full length, mean over the critics": (average[full], true[full]),
         "sums, length regressed out of both, final critic": (final_left, true_left),
         "sums, length regressed out of both, mean over the critics": (average_left, true_left),
-        "single steps, final critic": (steps[:, 0], steps[:, 1]),
     }
 
 
-def table(compared: list[dict], episodes: int, critics: list[dict]) -> str:
-    """Markdown: each correlation, seed after seed, then that of episode sums by each critic alone."""
+def table(rows: list[dict]) -> str:
+    """Markdown: each correlation, seed after seed, then those by each critic alone."""
+    seeds = [compared([r for r in rows if r["seed"] == seed]) for seed in dict.fromkeys(r["seed"] for r in rows)]
     lines = ["| Hopper-v5, implied against true reward | Pearson, each seed | Spearman, each seed |", "|---|---|---|"]
-    for kind in compared[0]:
-        pearson, spearman = (", ".join(f"{f(*seed[kind])[0]:.3f}" for seed in compared) for f in (pearsonr, spearmanr))
+    for kind in seeds[0]:
+        pearson, spearman = (", ".join(f"{f(*seed[kind])[0]:.3f}" for seed in seeds) for f in (pearsonr, spearmanr))
         lines.append(f"| {kind} | {pearson} | {spearman} |")
-    lines += ["| published, episode sums | 0.99 | |", "", f"{episodes} episodes of each policy.", "",
-              "| critic after | Pearson of episode sums, each seed |", "|---|---|"]
+    lines += ["| published, episode sums | 0.99 | |", "", "| critic after | episode sums, Pearson, each seed | "
+              "single steps, Pearson, each seed |", "|---|---|---|"]
+    critics = read_rows(CRITICS)
     for step in dict.fromkeys(r["critic_at_step"] for r in critics):
-        pearson = ", ".join(f"{r['pearson']:.3f}" for r in critics if r["critic_at_step"] == step)
-        lines.append(f"| {step} | {pearson} |")
+        of_sums, of_steps = (", ".join(f"{float(r[name]):.3f}" for r in critics if r["critic_at_step"] == step)
+                             for name in ("episode_pearson", "step_pearson"))
+        lines.append(f"| {step} | {of_sums} | {of_steps} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: list[dict], critics: list[dict], path: Path) -> None:
+def draw(rows: list[dict], path: Path) -> None:
     """Episode sums by the final critic and by the mean over the critics, then each critic's correlation."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    figure, axes = plt.subplots(1, 3, figsize=(14, 3.6))
+    values = {name: [float(r[name]) for r in rows] for name in ("true", "implied", "implied_average", "policy_at_step")}
     for axis, name, title in zip(axes, ("implied", "implied_average"), ("final critic", "mean over the critics")):
-        points = axis.scatter([r["true"] for r in rows], [r[name] for r in rows], s=8, c=[r["policy_at_step"] for r in rows])
+        points = axis.scatter(values["true"], values[name], s=8, c=values["policy_at_step"])
         axis.set(xlabel="true reward", ylabel="implied reward", title=f"Hopper-v5, episode sums, {title}")
-    figure.colorbar(points, ax=axes[:2], label="training step of the policy")
+        figure.colorbar(points, ax=axis, label="training step of the policy")
+    critics = read_rows(CRITICS)
     for seed in dict.fromkeys(r["seed"] for r in critics):
         own = [r for r in critics if r["seed"] == seed]
-        axes[2].plot([r["critic_at_step"] for r in own], [r["pearson"] for r in own], label=f"seed {seed}")
+        axes[2].plot([int(r["critic_at_step"]) for r in own], [float(r["episode_pearson"]) for r in own],
+                     label=f"seed {seed}")
     axes[2].set(xlabel="training step of the critic", ylabel="Pearson of episode sums", title="each critic alone")
     axes[2].legend(fontsize=7)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 def main(seeds: tuple[int, ...] = (101, 102, 103), episodes: int = 10, total_timesteps: int = 30_000, every: int = 1_500):
     """For each seed: train once, roll out every kept policy, compare."""
-    env, rows, critics, compared, commit = gym.make("Hopper-v5"), [], [], [], code_commit()
+    env, rows, critics, commit = gym.make("Hopper-v5"), [], [], code_commit()
     for seed in seeds:
         args = iq_continuous.parse_args(["--env-id", "Hopper-v5", "--seed", str(seed), "--total-timesteps",
                                          str(total_timesteps), "--eval-every", str(every), "--run-name", f"figure12_{seed}"])
         kept = train_and_keep(args)
         torch.manual_seed(seed)
-        own, sums, steps = [], [], []
+        implied, true = [], []  # of each episode: by each critic `[critics, T]`, and `[T]`
+        origin = {"commit": commit, "command": f"python reproduce/figure12_rewards.py --seeds {seed}"}
         for i, (policy, _, evaluated) in enumerate(kept):
             for episode in range(episodes):
-                transitions, true = play(policy, env, 1_000_000 + 1_000 * i + episode)
-                implied = rewards_of(transitions, kept, args)
-                steps.append(np.stack([implied[-1], true], 1))
-                sums.append(implied.sum(1))
-                own.append({"seed": seed, "policy_at_step": (i + 1) * every, "evaluated": round(float(evaluated), 1),
-                            "length": len(true), "true": round(float(true.sum()), 3),
-                            "implied": round(float(sums[-1][-1]), 4), "implied_average": round(float(sums[-1].mean()), 4),
-                            "commit": commit, "command": f"python reproduce/figure12_rewards.py --seeds {seed}"})
+                transitions, rewards = play(policy, env, 1_000_000 + 1_000 * i + episode)
+                implied.append(rewards_of(transitions, kept, args))
+                true.append(rewards)
+                sums = implied[-1].sum(1)
+                rows.append({"seed": seed, "policy_at_step": (i + 1) * every, "evaluated": round(float(evaluated), 1),
+                             "length": len(rewards), "true": round(float(rewards.sum()), 3),
+                             "implied": round(float(sums[-1]), 4), "implied_average": round(float(sums.mean()), 4)} | origin)
+        sums, true_sums = np.stack([r.sum(1) for r in implied]), [r.sum() for r in true]  # [episodes, critics]
+        steps, true_steps = np.concatenate(implied, 1), np.concatenate(true)
         critics += [{"seed": seed, "critic_at_step": (i + 1) * every,
-                     "pearson": round(float(pearsonr(by_one, [r["true"] for r in own])[0]), 4), "commit": commit}
-                    for i, by_one in enumerate(np.stack(sums, 1))]
-        compared.append(correlations(own, np.concatenate(steps)))
-        rows += own
+                     "episode_pearson": round(float(pearsonr(sums[:, i], true_sums)[0]), 4),
+                     "step_pearson": round(float(pearsonr(steps[i], true_steps)[0]), 4)} | origin for i in range(len(kept))]
         write_rows(FOLDER / "figure12_rewards.csv", rows)
-        write_rows(FOLDER / "figure12_rewards_critics.csv", critics)
-    (FOLDER / "figure12_rewards.md").write_text(table(compared, episodes, critics))
-    draw(rows, critics, FOLDER / "figure12_rewards.png")
-    print(table(compared, episodes, critics))
+        write_rows(CRITICS, critics)
+    rows = read_rows(FOLDER / "figure12_rewards.csv")
+    (FOLDER / "figure12_rewards.md").write_text(table(rows))
+    draw(rows, FOLDER / "figure12_rewards.png")
+    print(table(rows))
 
 
 if __name__ == "__main__":
