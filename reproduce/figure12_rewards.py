@@ -114,14 +114,14 @@ def draw(rows: list[dict], path: Path) -> None:
     values = {name: [float(r[name]) for r in rows] for name in ("true", "implied", "implied_average", "policy_at_step")}
     for axis, name, title in zip(axes, ("implied", "implied_average"), ("final critic", "mean over the critics")):
         points = axis.scatter(values["true"], values[name], s=8, c=values["policy_at_step"])
-        axis.set(xlabel="true reward", ylabel="implied reward", title=f"Hopper-v5, episode sums, {title}")
+        axis.set(xlabel="true reward of an episode", ylabel="implied reward", title=title)
         figure.colorbar(points, ax=axis, label="training step of the policy")
     critics = read_rows(CRITICS)
     for seed in dict.fromkeys(r["seed"] for r in critics):
         own = [r for r in critics if r["seed"] == seed]
         axes[2].plot([int(r["critic_at_step"]) for r in own], [float(r["episode_pearson"]) for r in own],
                      label=f"seed {seed}")
-    axes[2].set(xlabel="training step of the critic", ylabel="Pearson of episode sums", title="each critic alone")
+    axes[2].set(xlabel="training step of the critic", ylabel="Pearson of episode sums", title="Hopper-v5, each critic alone")
     axes[2].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
