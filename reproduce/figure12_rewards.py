@@ -2,9 +2,10 @@
 
     python reproduce/figure12_rewards.py
 
-One run of `iq_continuous.py` from one trajectory; its policy is kept at every evaluation, and each of those plays
-episodes with its own noise. The implied reward is that of the final critic. Writes figure12_rewards.csv, a row for each
-episode, figure12_rewards.md with the correlations, and figure12_rewards.png.
+A run of `iq_continuous.py` from one trajectory for each seed; its policy and its critic are kept at every evaluation, and
+each policy plays episodes with its own noise. Their implied reward is that of the final critic, and the mean over all kept
+critics: of a saddle point's two players it is their average that comes to rest. Writes figure12_rewards.csv, a row for each
+episode, figure12_rewards_critics.csv, the correlation by each critic alone, figure12_rewards.md and figure12_rewards.png.
 """
 import sys
 from copy import deepcopy
@@ -21,22 +22,25 @@ sys.path.insert(0, str(ROOT))
 import iq_continuous
 
 FOLDER = Path(__file__).resolve().parent
-SAMPLES = 8  # of V(s') for each transition, averaged
+CRITICS = FOLDER / "figure12_rewards_critics.csv"
+SAMPLES = 8  # of V(s') for each transition by the final critic, averaged; the others take one
 
 
-def train_and_keep_policies(args: iq_continuous.Args):
-    """The policies at the evaluations `[(actor, deterministic return)]`, and the run's final actor and critic."""
-    policies, evaluate = [], iq_continuous.evaluate
+def train_and_keep(args: iq_continuous.Args) -> list[tuple]:
+    """`[(actor, critic, deterministic return)]` at the run's evaluations, the last of them at its end."""
+    kept, evaluate = [], iq_continuous.evaluate
 
-    def evaluate_and_keep(actor, *more):
-        returns = evaluate(actor, *more)
-        policies.append((deepcopy(actor), returns.mean()))
+    def evaluate_and_keep(actor, args, device, run, *more):
+        returns = evaluate(actor, args, device, run, *more)
+        kept.append((deepcopy(actor), deepcopy(run.parts["critic"]), returns.mean()))
         return returns
 
     iq_continuous.evaluate = evaluate_and_keep
-    run_dir = iq_continuous.train(args)
-    iq_continuous.evaluate = evaluate
-    return policies, *iq_continuous.load_model(str(run_dir / "model.pt"))
+    try:
+        iq_continuous.train(args)
+    finally:
+        iq_continuous.evaluate = evaluate
+    return kept
 
 
 def play(actor, env, seed: int):
@@ -54,61 +58,105 @@ def play(actor, env, seed: int):
     return [torch.cat(parts) for parts in zip(*rows)], np.array(rewards)
 
 
-def correlations(rows: list[dict], steps: np.ndarray) -> str:
-    """Markdown of the correlations: of episode sums, per step, and of the means per step, which length does not enter."""
-    numbers = {name: np.array([float(r[name]) for r in rows]) for name in ("implied", "true", "length")}
-    per_step = {name: numbers[name] / numbers["length"] for name in ("implied", "true")}
-    full = numbers["length"] == 1000
-    kinds = {
-        f"episode sums ({len(rows)} episodes)": (numbers["implied"], numbers["true"]),
-        "episode means per step: length does not enter": (per_step["implied"], per_step["true"]),
-        f"sums of the {full.sum()} episodes of full length": (numbers["implied"][full], numbers["true"][full]),
-        f"single steps ({len(steps):,})": (steps[:, 0], steps[:, 1]),
+def rewards_of(transitions, kept: list[tuple], args: iq_continuous.Args) -> np.ndarray:
+    """The implied reward of each transition by every kept critic with the policy of its time `[critics, T]`."""
+    with torch.no_grad():
+        samples = [[iq_continuous.implied_reward(critic, actor, *transitions, args.gamma, args.temperature)
+                    for _ in range(SAMPLES if i == len(kept) - 1 else 1)] for i, (actor, critic, _) in enumerate(kept)]
+    return torch.stack([torch.stack(own).mean(0) for own in samples]).numpy()
+
+
+def compared(rows: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What of the episodes is compared, by its name: sums, means per step, which length does not enter, and residuals."""
+    final, average, true, length = (np.array([float(r[name]) for r in rows])
+                                    for name in ("implied", "implied_average", "true", "length"))
+    full = length == 1000
+    # What length leaves: the residuals after a straight line in the length is taken from both.
+    final_left, average_left, true_left = (v - np.polyval(np.polyfit(length, v, 1), length) for v in (final, average, true))
+    return {
+        "episode sums, final critic": (final, true),
+        "episode sums, mean over the critics": (average, true),
+        "episode lengths alone against the true sums": (length, true),
+        "episode means per step, final critic": (final / length, true / length),
+        "episode means per step, mean over the critics": (average / length, true / length),
+        "sums of the episodes of full length, final critic": (final[full], true[full]),
+        "sums of the episodes of full length, mean over the critics": (average[full], true[full]),
+        "sums, length regressed out of both, final critic": (final_left, true_left),
+        "sums, length regressed out of both, mean over the critics": (average_left, true_left),
     }
-    lines = ["| Hopper-v5, implied against true reward | Pearson | Spearman |", "|---|---|---|"]
-    lines += [f"| {kind} | {pearsonr(x, y)[0]:.3f} | {spearmanr(x, y)[0]:.3f} |" for kind, (x, y) in kinds.items()]
-    # What length leaves: the correlation of the residuals after a straight line in the length is taken from both.
-    left = [v - np.polyval(np.polyfit(numbers["length"], v, 1), numbers["length"])
-            for v in (numbers["implied"], numbers["true"])]
-    lines.append(f"| episode sums, length regressed out of both | {pearsonr(*left)[0]:.3f} | {spearmanr(*left)[0]:.3f} |")
-    return "\n".join(lines + ["| published, episode sums | 0.99 | |"]) + "\n"
 
 
-def main(seed: int = 101, episodes: int = 10, total_timesteps: int = 30_000, every: int = 1_500):
-    """Train once, roll out every kept policy, compare."""
+def table(rows: list[dict]) -> str:
+    """Markdown: each correlation, seed after seed, then those by each critic alone."""
+    seeds = [compared([r for r in rows if r["seed"] == seed]) for seed in dict.fromkeys(r["seed"] for r in rows)]
+    lines = ["| Hopper-v5, implied against true reward | Pearson, each seed | Spearman, each seed |", "|---|---|---|"]
+    for kind in seeds[0]:
+        pearson, spearman = (", ".join(f"{f(*seed[kind])[0]:.3f}" for seed in seeds) for f in (pearsonr, spearmanr))
+        lines.append(f"| {kind} | {pearson} | {spearman} |")
+    lines += ["| published, episode sums | 0.99 | |", "", "| critic after | episode sums, Pearson, each seed | "
+              "single steps, Pearson, each seed |", "|---|---|---|"]
+    critics = read_rows(CRITICS)
+    for step in dict.fromkeys(r["critic_at_step"] for r in critics):
+        of_sums, of_steps = (", ".join(f"{float(r[name]):.3f}" for r in critics if r["critic_at_step"] == step)
+                             for name in ("episode_pearson", "step_pearson"))
+        lines.append(f"| {step} | {of_sums} | {of_steps} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Episode sums by the final critic and by the mean over the critics, then each critic's correlation."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    args = iq_continuous.parse_args(["--env-id", "Hopper-v5", "--seed", str(seed), "--total-timesteps", str(total_timesteps),
-                                     "--eval-every", str(every), "--run-name", f"figure12_{seed}"])
-    policies, actor, critic, saved = train_and_keep_policies(args)
-    env, rows, steps = gym.make("Hopper-v5"), [], []
-    torch.manual_seed(seed)
-    commit = code_commit()
-    for i, (policy, evaluated) in enumerate(policies):
-        for episode in range(episodes):
-            transitions, true = play(policy, env, 1_000_000 + 1_000 * i + episode)
-            with torch.no_grad():
-                implied = torch.stack([iq_continuous.implied_reward(critic, actor, *transitions, saved["gamma"],
-                                                                    saved["temperature"]) for _ in range(SAMPLES)]).mean(0)
-            steps.append(np.stack([implied.numpy(), true], 1))
-            rows.append({"policy_at_step": (i + 1) * every, "evaluated": round(float(evaluated), 1), "length": len(true),
-                         "true": round(float(true.sum()), 3), "implied": round(float(implied.sum()), 4),
-                         "commit": commit, "command": f"python reproduce/figure12_rewards.py --seed {seed}"})
-    write_rows(FOLDER / "figure12_rewards.csv", rows)
-    text = correlations(read_rows(FOLDER / "figure12_rewards.csv"), np.concatenate(steps))
-    (FOLDER / "figure12_rewards.md").write_text(text)
-    print(text)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
-    for axis, scale, title in zip(axes, (np.ones(len(rows)), np.array([r["length"] for r in rows])),
-                                  ("episode sums", "episode means per step")):
-        points = axis.scatter([r["true"] for r in rows] / scale, [r["implied"] for r in rows] / scale, s=8,
-                              c=[r["policy_at_step"] for r in rows])
-        axis.set(xlabel="true reward", ylabel="implied reward", title=f"Hopper-v5, {title}")
-    figure.colorbar(points, ax=axes, label="training step of the policy")
-    figure.savefig(FOLDER / "figure12_rewards.png", dpi=120, bbox_inches="tight")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 3.6))
+    values = {name: [float(r[name]) for r in rows] for name in ("true", "implied", "implied_average", "policy_at_step")}
+    for axis, name, title in zip(axes, ("implied", "implied_average"), ("final critic", "mean over the critics")):
+        points = axis.scatter(values["true"], values[name], s=8, c=values["policy_at_step"])
+        axis.set(xlabel="true reward of an episode", ylabel="implied reward", title=title)
+        figure.colorbar(points, ax=axis, label="training step of the policy")
+    critics = read_rows(CRITICS)
+    for seed in dict.fromkeys(r["seed"] for r in critics):
+        own = [r for r in critics if r["seed"] == seed]
+        axes[2].plot([int(r["critic_at_step"]) for r in own], [float(r["episode_pearson"]) for r in own],
+                     label=f"seed {seed}")
+    axes[2].set(xlabel="training step of the critic", ylabel="Pearson of episode sums", title="Hopper-v5, each critic alone")
+    axes[2].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(seeds: tuple[int, ...] = (101, 102, 103), episodes: int = 10, total_timesteps: int = 30_000, every: int = 1_500):
+    """For each seed: train once, roll out every kept policy, compare."""
+    env, rows, critics, commit = gym.make("Hopper-v5"), [], [], code_commit()
+    for seed in seeds:
+        args = iq_continuous.parse_args(["--env-id", "Hopper-v5", "--seed", str(seed), "--total-timesteps",
+                                         str(total_timesteps), "--eval-every", str(every), "--run-name", f"figure12_{seed}"])
+        kept = train_and_keep(args)
+        torch.manual_seed(seed)
+        implied, true = [], []  # of each episode: by each critic `[critics, T]`, and `[T]`
+        origin = {"commit": commit, "command": f"python reproduce/figure12_rewards.py --seeds {seed}"}
+        for i, (policy, _, evaluated) in enumerate(kept):
+            for episode in range(episodes):
+                transitions, rewards = play(policy, env, 1_000_000 + 1_000 * i + episode)
+                implied.append(rewards_of(transitions, kept, args))
+                true.append(rewards)
+                sums = implied[-1].sum(1)
+                rows.append({"seed": seed, "policy_at_step": (i + 1) * every, "evaluated": round(float(evaluated), 1),
+                             "length": len(rewards), "true": round(float(rewards.sum()), 3),
+                             "implied": round(float(sums[-1]), 4), "implied_average": round(float(sums.mean()), 4)} | origin)
+        sums, true_sums = np.stack([r.sum(1) for r in implied]), [r.sum() for r in true]  # [episodes, critics]
+        steps, true_steps = np.concatenate(implied, 1), np.concatenate(true)
+        critics += [{"seed": seed, "critic_at_step": (i + 1) * every,
+                     "episode_pearson": round(float(pearsonr(sums[:, i], true_sums)[0]), 4),
+                     "step_pearson": round(float(pearsonr(steps[i], true_steps)[0]), 4)} | origin for i in range(len(kept))]
+        write_rows(FOLDER / "figure12_rewards.csv", rows)
+        write_rows(CRITICS, critics)
+    rows = read_rows(FOLDER / "figure12_rewards.csv")
+    (FOLDER / "figure12_rewards.md").write_text(table(rows))
+    draw(rows, FOLDER / "figure12_rewards.png")
+    print(table(rows))
 
 
 if __name__ == "__main__":
