@@ -43,6 +43,8 @@ ENTRIES = [
      {"method": "bc"}, "", f"{OFFLINE} --env-id Ant-v5 --num-demos 1`"),
     ("observations only, CartPole, 1", "table6_ilo", {"task": "CartPole-v1", "demos": "1", "method": "idm"}, None,
      "452 (500)", f"{ILO}`"),
+    ("observations only, LunarLander, 1", "table6_ilo", {"task": "LunarLander-v3", "demos": "1", "method": "idm"}, None,
+     "20 (278)", f"{ILO} --env-id LunarLander-v3`"),
     ("observations only, LunarLander, 10", "table6_ilo", {"task": "LunarLander-v3", "demos": "10", "method": "idm"}, None,
      "220 (278)", f"{ILO} --env-id LunarLander-v3 --num-demos 10`"),
     ("observations only, Hopper, 1", "table6_ilo", {"task": "Hopper-v5", "demos": "1", "method": "idm"}, None,
