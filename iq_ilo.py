@@ -55,8 +55,9 @@ RANDOM_RETURN: dict[str, float] = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLa
                                    "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": -53.6, "Humanoid": 112.4,
                                    "Pendulum": -1199.9, "InvertedPendulum": 4.4}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
-# DEVIATION: with discrete actions the loss reads the expert's rows alone, as iq_offline.py's; a model of the agent's play
-# names their actions. With the agent's rows in the loss too CartPole scored 481.5, LunarLander −265 from one demonstration.
+# DEVIATION: in these discrete tasks the loss reads the expert's rows alone, as iq_offline.py's; a model of the agent's play
+# names their actions. With χ² on both halves LunarLander had −375 and −314 from one demonstration, not 22 and 201 (seeds
+# 1, 2). No row holds the reward away from the expert's states then: for that, --value-loss value --chi2-rows both.
 DISCRETE = {"learning_starts": 500, "value_loss": "value_expert", "chi2_rows": "expert", "target_rate": 0.0,
             "layer_norm": False, "standardize_obs": False, "batch_size": 32}
 PLAYED = {"value_loss": "value", "chi2_rows": "both"}  # instead, where --missing-action names no action of the expert's

@@ -4,8 +4,9 @@
 
 A run of `iq_continuous.py` from one trajectory for each seed; its policy and its critic are kept at every evaluation, and
 each policy plays episodes with its own noise. Their implied reward is that of the final critic, and the mean over all kept
-critics: of a saddle point's two players it is their average that comes to rest. Writes figure12_rewards.csv, a row for each
-episode, figure12_rewards_critics.csv, the correlation by each critic alone, figure12_rewards.md and figure12_rewards.png.
+critics: where two players of a convex-concave game go round its saddle point, their averages come to it. Writes
+figure12_rewards.csv, a row for each episode, figure12_rewards_critics.csv, the correlation by each critic alone,
+figure12_rewards.md and figure12_rewards.png. A second call runs the seeds that the csv files lack.
 """
 import sys
 from copy import deepcopy
@@ -128,9 +129,12 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(seeds: tuple[int, ...] = (101, 102, 103), episodes: int = 10, total_timesteps: int = 30_000, every: int = 1_500):
-    """For each seed: train once, roll out every kept policy, compare."""
-    env, rows, critics, commit = gym.make("Hopper-v5"), [], [], code_commit()
-    for seed in seeds:
+    """For each seed that is missing: train once, roll out every kept policy, compare."""
+    env, commit = gym.make("Hopper-v5"), code_commit()
+    critics = read_rows(CRITICS)
+    done = {r["seed"] for r in critics}
+    rows = [r for r in read_rows(FOLDER / "figure12_rewards.csv") if r["seed"] in done]
+    for seed in (seed for seed in seeds if str(seed) not in done):
         args = iq_continuous.parse_args(["--env-id", "Hopper-v5", "--seed", str(seed), "--total-timesteps",
                                          str(total_timesteps), "--eval-every", str(every), "--run-name", f"figure12_{seed}"])
         kept = train_and_keep(args)
