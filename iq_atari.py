@@ -23,6 +23,7 @@ Departures from the paper are marked DEVIATION where they act. Derived from iq_d
 `diff iq_discrete.py iq_atari.py` shows what pixels need.
 """
 import csv
+import importlib.util
 import json
 import os
 import pickle
@@ -144,6 +145,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     check(stored is not None, f"--resume {run_dir}: a run of {script}.py, expected one of {SCRIPT}.py")
     stored = replace(stored, out_dir=str(run_dir.resolve().parent), run_name=run_dir.resolve().name)
     args = tyro.cli(Args, args=argv, default=stored)
+    if (Path(args.out_dir) / args.run_name).resolve() == run_dir.resolve():  # the same place in other words
+        args = replace(args, out_dir=stored.out_dir, run_name=stored.run_name)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
@@ -155,8 +158,8 @@ def validate(args: Args) -> None:
     """Check the numbers among the flags. Raises BadInput."""
     rules = {
         "at least 1": (lambda x: x >= 1, "num_envs subsample_freq batch_size buffer_size eval_episodes"),
-        "at least 0": (lambda x: x >= 0, "seed pretrain_updates total_timesteps num_demos temperature eval_every "
-                       "checkpoint_every"),
+        "at least 0 and finite": (lambda x: 0 <= x < np.inf, "seed pretrain_updates total_timesteps num_demos "
+                       "temperature eval_every checkpoint_every"),
         "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "learning_rate updates_per_step chi2_alpha"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
@@ -166,6 +169,7 @@ def validate(args: Args) -> None:
         for name in names.split():
             value = getattr(args, name)
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
+    check(not args.track or importlib.util.find_spec("wandb"), "--track: it needs `pip install wandb`")
     check(args.buffer_size >= 8 * args.num_envs, f"--buffer-size {args.buffer_size}: expected 8 for each environment")
 
 
@@ -297,10 +301,10 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
         episodes = list(tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc="reading", disable=None))
     except Exception as error:  # minari raises many kinds: no such dataset, no network, a broken file
         raise BadInput(f"--demos {dataset_id}: Minari cannot load it: {' '.join(str(error).split())}") from None
-    check(all(isinstance(e.observations, np.ndarray) for e in episodes),
-          f"--demos {dataset_id}: its observations are not plain arrays")
-    arrays = {name: np.concatenate([getattr(e, name) for e in episodes])
-              for name in ("observations", "actions", "terminations", "truncations", "rewards")}
+    names = ("observations", "actions", "terminations", "truncations", "rewards")
+    check(episodes and all(isinstance(getattr(e, name), np.ndarray) for e in episodes for name in names),
+          f"--demos {dataset_id}: it holds no episodes, or some of their {', '.join(names)} are not plain arrays")
+    arrays = {name: np.concatenate([getattr(e, name) for e in episodes]) for name in names}
     return arrays | {"episode_lengths": np.array([len(e.actions) for e in episodes]),
                      "env_id": np.array(dataset.env_spec.id if dataset.env_spec else "unknown")}
 
@@ -333,6 +337,8 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     ends = {"terminations", "truncations"}
     if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):
         return where, read_npz(path, names)
+    if "terminations" in keys:  # of the two the one that training reads
+        return where, read_npz(path, [name for name in names if name != "truncations"])
     check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
           "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
     data = read_npz(path, [name for name in names if name not in ends] + ["dones"])
@@ -450,7 +456,8 @@ def load_demonstrations(args: Args, num_actions: int, device) -> Demonstrations:
         frames = data["observations"]
         check(frames.dtype == np.uint8 and frames.shape == ((lengths + 1).sum(), 84, 84), f"{where}: observations are "
               f"{frames.dtype} of shape {frames.shape}, expected uint8 of shape ({(lengths + 1).sum()}, 84, 84)")
-        first_frame = (first_action + np.arange(len(lengths)))[chosen]
+        first = first_action + np.arange(len(lengths))  # an episode has one frame more than actions
+        frames = np.concatenate([frames[first[i] : first[i] + lengths[i] + 1] for i in chosen])
         terminations = data["terminations"][first_action[chosen][place] + t]
         rewards = data.get("rewards", np.full(lengths.sum(), np.nan))
         returns = np.add.reduceat(rewards, first_action)[chosen]
@@ -461,13 +468,13 @@ def load_demonstrations(args: Args, num_actions: int, device) -> Demonstrations:
         check((data["seeds"] >= 0).all() and (data["seeds"] < 2**31).all(),
               f"{where}: seeds from {data['seeds'].min()} to {data['seeds'].max()}, expected 0 to 2^31 - 1")
         frames, terminations = simulate(where, args, data, chosen)
-        first_frame = np.cumsum(lengths[chosen] + 1) - (lengths[chosen] + 1)
         terminations = terminations[(np.cumsum(lengths[chosen]) - lengths[chosen])[place] + t]
         returns = data["returns"][chosen]
 
     def tensor(x, dtype=torch.int64):
         return torch.as_tensor(x, dtype=dtype, device=device)
 
+    first_frame = np.cumsum(lengths[chosen] + 1) - (lengths[chosen] + 1)
     initial_obs = np.zeros((len(chosen), 4, 84, 84), np.uint8)
     initial_obs[:, -1] = frames[first_frame]
     actions = data["actions"][first_action[chosen][place] + t].astype(np.int64)
@@ -566,7 +573,7 @@ def implied_reward(network: nn.Module, obs, action, next_obs, terminated, gamma:
 
 
 def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Tensor, args: Args):
-    """The IQ-Learn loss, to be minimised: −E_expert[φ(r)] + value term (+ E[r²]/(4α)), Eq. 9 to 11 and §5.1 to 5.3.
+    """The IQ-Learn loss, to be minimised: −E_expert[r] + value term + E[r²]/(4α), Eq. 9 to 11 and §5.1 to 5.3.
 
     Args:
         batch: `[B]` rows, the first `n_expert` of them the expert's, the others the policy's.
@@ -700,7 +707,7 @@ def save_atomically(content: dict, path: Path) -> None:
 
 class Run:
     """A run's directory, counters, rows and checkpoints: `pretrain` updates on demonstrations, then `total` steps.
-    Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two updates; a second one acts at
+    Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two steps; a second one acts at
     once."""
 
     def __init__(self, args: Args, device, demos, parts: dict, policy, pretrain: int, total: int, label: str):
@@ -725,6 +732,8 @@ class Run:
                 for name, part in self.parts.items():
                     part.load_state_dict(stored[name])
                 torch.set_rng_state(stored["rng"].cpu())
+                if self.device.type == "cuda" and stored["cuda_rng"] is not None:  # batches are drawn there
+                    torch.cuda.set_rng_state(stored["cuda_rng"].cpu(), self.device)
                 self.step, self.updates, seconds = stored["step"], stored["updates"], stored["seconds"]
             except (*UNREADABLE, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
@@ -736,12 +745,14 @@ class Run:
             except OSError as error:
                 raise BadInput(f"--out-dir {args.out_dir}: {error}") from None
             shutil.copy(__file__, path)
-        (path / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
         self.first_step, self.first_updates, self.first_time = self.step, self.updates, time.time()
         self.start = self.first_time - seconds
         if args.resume and (path / "metrics.csv").exists():  # rows after the checkpoint are dropped, to be written anew
-            rows = csv.DictReader((path / "metrics.csv").read_text().splitlines())
-            self.rows = [row for row in rows if int(row["updates"]) <= self.updates]
+            try:
+                rows, now = csv.DictReader((path / "metrics.csv").read_text().splitlines()), (self.step, self.updates)
+                self.rows = [row for row in rows if (int(row["step"]), int(row["updates"])) <= now]
+            except (ValueError, TypeError, KeyError) as error:
+                raise BadInput(f"--resume {path}: its metrics.csv cannot be read ({type(error).__name__})") from None
         if args.track:
             import wandb
 
@@ -753,6 +764,8 @@ class Run:
                     shutil.rmtree(path)
                 raise BadInput(f"--track: {error}") from None
             self.wandb = wandb
+        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+        os.replace(path / "args.tmp", path / "args.json")  # the old one or the new one, whenever the process is killed
 
     def __enter__(self):
         self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -792,10 +805,11 @@ class Run:
                "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in self.terms.items()}
         self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
         names = dict.fromkeys(name for r in self.rows for name in r)
-        with open(self.dir / "metrics.csv", "w", newline="") as file:
+        with open(self.dir / "metrics.tmp", "w", newline="") as file:
             writer = csv.DictWriter(file, names, restval="nan")
             writer.writeheader()
             writer.writerows(self.rows)
+        os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
         if self.wandb:
             self.wandb.log(row, step=updates)
         if self.returns is not None:
@@ -813,6 +827,7 @@ class Run:
         self.check_finite()
         save_atomically({name: part.state_dict() for name, part in self.parts.items()} |
                         {"rng": torch.get_rng_state(), "step": self.step, "updates": self.updates,
+                         "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
                          "seconds": time.time() - self.start}, self.dir / "checkpoint.pt")
 
     def finish(self, model: dict, fps: int) -> Path:
@@ -821,7 +836,7 @@ class Run:
         if args.save_model:
             about = {"temperature": args.temperature, "gamma": args.gamma, "args": asdict(args),
                      "expert_return": expert, "random_return": self.random}
-            save_atomically({"script": SCRIPT, "env_id": args.env_id} | model | about, self.dir / "model.pt")
+            save_atomically({"script": SCRIPT, "env_id": args.env_id} | about | model, self.dir / "model.pt")
         if self.frames:
             video = self.dir / "videos" / f"step_{self.step}.mp4"
             write_video(self.frames, fps, video)
@@ -886,9 +901,8 @@ def train(args: Args) -> Path:
     pretrain, total, n = args.pretrain_updates, args.total_timesteps, args.batch_size
     if args.objective == "bc":  # it reads the demonstrations alone: the same updates, and no play
         pretrain, total = pretrain + int(total * args.updates_per_step), 0
-        args = replace(args, temperature=1.0)  # its policy is softmax(Q)
     both = args.value_loss == "value" or args.chi2_rows == "both"
-    replay = Replay(args.buffer_size, args.num_envs, device) if total else None
+    replay = Replay(args.buffer_size if total or args.resume else 8 * args.num_envs, args.num_envs, device)
     update = make_update(network, target, average, optimizer, n, args)
 
     parts = {"network": network, "target": target, "average": average, "optimizer": optimizer, "replay": replay}
@@ -897,6 +911,7 @@ def train(args: Args) -> Path:
     obs = torch.as_tensor(envs.reset(seed=args.seed + run.step)[0], device=device)
     if total:
         replay.start(replay.rings, obs[:, -1])
+        initial_obs = torch.cat([initial_obs, obs])
     with run, run.bar:
         while run.running():
             playing = run.updates >= pretrain
@@ -929,7 +944,8 @@ def train(args: Args) -> Path:
         run.report(last=True)
         run.save()
     envs.close()
-    return run.finish({"network": policy.state_dict(), "sizes": policy.sizes}, fps=15)
+    cloned = {"temperature": 1.0} if args.objective == "bc" else {}  # its policy is softmax(Q)
+    return run.finish({"network": policy.state_dict(), "sizes": policy.sizes} | cloned, fps=15)
 
 
 def play(args: Args) -> None:

@@ -10,7 +10,7 @@
 A critic Q(s, a) and a tanh-Gaussian actor π, trained as in soft actor-critic, but for the reward that the critic
 implies, r = Q(s,a) − γ V(s') with V(s) = Q(s,ã) − τ log π(ã|s), ã ~ π(·|s). The critic minimises
 
-    L = −E_expert[φ(r)] + (value term) + E[r²]/(4α)
+    L = −E_expert[r] + (value term) + E[r²]/(4α)
 
 over demonstrations and the agent's own play. The environment's reward is never read in training.
 
@@ -25,6 +25,7 @@ Departures from the paper are marked DEVIATION where they act; `--preset paper` 
 `diff iq_discrete.py iq_continuous.py` shows what an actor needs.
 """
 import csv
+import importlib.util
 import json
 import os
 import pickle
@@ -101,7 +102,7 @@ class Args:
     chi2_alpha: float = 0.5  # χ² strength [α]
     chi2_rows: Literal["expert", "both"] = "both"  # rows whose r² is penalised
     value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "v0_expert"  # form of the second term
-    bound_targets: bool = True  # clip V(s') where χ² on both halves bounds it, entropy aside; not with large temperatures
+    bound_targets: bool = True  # clip the target's V(s') where χ² on both halves bounds it; not with large temperatures
     target_rate: float = 0.005  # Polyak rate of the target critic for V(s')
     average_rate: float = 0.0005  # rate of the moving average that is evaluated and saved; 0: the network
     cloning_weight: float = 0.0  # weight of cloning in the actor's loss, on expert rows
@@ -182,6 +183,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     check(stored is not None, f"--resume {run_dir}: a run of {script}.py, expected one of {SCRIPT}.py")
     stored = replace(stored, out_dir=str(run_dir.resolve().parent), run_name=run_dir.resolve().name)
     args = tyro.cli(Args, args=argv, default=stored)
+    if (Path(args.out_dir) / args.run_name).resolve() == run_dir.resolve():  # the same place in other words
+        args = replace(args, out_dir=stored.out_dir, run_name=stored.run_name)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
@@ -194,8 +197,8 @@ def validate(args: Args) -> None:
     rules = {
         "at least 1": (lambda x: x >= 1, "num_envs subsample_freq batch_size buffer_size eval_episodes hidden_size "
                        "learning_starts cloning_steps"),
-        "at least 0": (lambda x: x >= 0, "seed pretrain_updates total_timesteps num_demos temperature cloning_weight "
-                       "obs_dims eval_every checkpoint_every"),
+        "at least 0 and finite": (lambda x: 0 <= x < np.inf, "seed pretrain_updates total_timesteps num_demos "
+                       "temperature cloning_weight obs_dims eval_every checkpoint_every"),
         "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "actor_lr critic_lr updates_per_step chi2_alpha"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
@@ -206,6 +209,7 @@ def validate(args: Args) -> None:
         for name in names.split():
             value = getattr(args, name)
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
+    check(not args.track or importlib.util.find_spec("wandb"), "--track: it needs `pip install wandb`")
     check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
 
 
@@ -218,19 +222,21 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
         BadInput: an unknown environment, or one whose spaces this script does not handle.
     """
     try:
-        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", render_mode=render_mode,
-                            vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP})
-    except (gym.error.Error, ImportError, ValueError) as error:
+        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync",
+                            vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
+                            **({"render_mode": render_mode} if render_mode else {}))  # not every constructor takes it
+    except (gym.error.Error, ImportError, ValueError, TypeError) as error:
         raise BadInput(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     check(not isinstance(action_space, gym.spaces.Discrete),
           f"--env-id {args.env_id}: its actions are discrete, which iq_discrete.py is for")
-    check(isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1 and action_space.is_bounded(),
+    check(isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
+          and (np.abs([action_space.low, action_space.high]) < 1e30).all(),  # float32's limits stand for none, too
           f"--env-id {args.env_id}: its action space is {action_space}, expected a bounded Box of one dimension")
     check(action_space.dtype.kind == "f" and (action_space.low < action_space.high).all(),
           f"--env-id {args.env_id}: its action space is {action_space}, expected real numbers from a low to a higher bound")
-    check(isinstance(obs_space, gym.spaces.Box),
-          f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box")
+    check(isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 0,
+          f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box of one dimension or more")
     if render_mode:  # told before training, not after it
         try:
             envs.reset()
@@ -259,7 +265,7 @@ def mlp(inputs: int, hidden_size: int, outputs: int, layer_norm: bool = False) -
     """Two hidden layers of ReLU units."""
     layers = []
     for size in (inputs, hidden_size):
-        norm = nn.LayerNorm(hidden_size) if layer_norm else nn.Identity()
+        norm = nn.LayerNorm(hidden_size) if layer_norm else nn.Identity()  # DEVIATION: the paper has none
         layers += [nn.Linear(size, hidden_size), norm, nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(hidden_size, outputs))
 
@@ -385,10 +391,10 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
         episodes = list(tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc="reading", disable=None))
     except Exception as error:  # minari raises many kinds: no such dataset, no network, a broken file
         raise BadInput(f"--demos {dataset_id}: Minari cannot load it: {' '.join(str(error).split())}") from None
-    check(all(isinstance(e.observations, np.ndarray) for e in episodes),
-          f"--demos {dataset_id}: its observations are not plain arrays")
-    arrays = {name: np.concatenate([getattr(e, name) for e in episodes])
-              for name in ("observations", "actions", "terminations", "truncations", "rewards")}
+    names = ("observations", "actions", "terminations", "truncations", "rewards")
+    check(episodes and all(isinstance(getattr(e, name), np.ndarray) for e in episodes for name in names),
+          f"--demos {dataset_id}: it holds no episodes, or some of their {', '.join(names)} are not plain arrays")
+    arrays = {name: np.concatenate([getattr(e, name) for e in episodes]) for name in names}
     return arrays | {"episode_lengths": np.array([len(e.actions) for e in episodes]),
                      "env_id": np.array(dataset.env_spec.id if dataset.env_spec else "unknown")}
 
@@ -419,6 +425,8 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     ends = {"terminations", "truncations"}
     if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):
         return where, read_npz(path, names)
+    if "terminations" in keys:  # of the two the one that training reads
+        return where, read_npz(path, [name for name in names if name != "truncations"])
     check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
           "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
     data = read_npz(path, [name for name in names if name not in ends] + ["dones"])
@@ -573,7 +581,7 @@ def implied_reward(critic, actor: Actor, obs, action, next_obs, terminated, gamm
 
 
 def iq_loss(critic, target, actor: Actor, batch: Batch, fresh, n_expert: int, initial_obs: torch.Tensor, args: Args):
-    """The critic's IQ-Learn loss, to be minimised: −E_expert[φ(r)] + value term + E[r²]/(4α), Eq. 9 to 11 and §5.1 to 5.3.
+    """The critic's IQ-Learn loss, to be minimised: −E_expert[r] + value term + E[r²]/(4α), Eq. 9 to 11 and §5.1 to 5.3.
 
     Args:
         batch: `[B]` rows, the first `n_expert` of them the expert's, the others the policy's.
@@ -713,7 +721,7 @@ def save_atomically(content: dict, path: Path) -> None:
 
 class Run:
     """A run's directory, counters, rows and checkpoints: `pretrain` updates on demonstrations, then `total` steps.
-    Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two updates; a second one acts at
+    Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two steps; a second one acts at
     once."""
 
     def __init__(self, args: Args, device, demos, parts: dict, policy, pretrain: int, total: int, label: str):
@@ -738,6 +746,8 @@ class Run:
                 for name, part in self.parts.items():
                     part.load_state_dict(stored[name])
                 torch.set_rng_state(stored["rng"].cpu())
+                if self.device.type == "cuda" and stored["cuda_rng"] is not None:  # batches are drawn there
+                    torch.cuda.set_rng_state(stored["cuda_rng"].cpu(), self.device)
                 self.step, self.updates, seconds = stored["step"], stored["updates"], stored["seconds"]
             except (*UNREADABLE, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
@@ -749,12 +759,14 @@ class Run:
             except OSError as error:
                 raise BadInput(f"--out-dir {args.out_dir}: {error}") from None
             shutil.copy(__file__, path)
-        (path / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
         self.first_step, self.first_updates, self.first_time = self.step, self.updates, time.time()
         self.start = self.first_time - seconds
         if args.resume and (path / "metrics.csv").exists():  # rows after the checkpoint are dropped, to be written anew
-            rows = csv.DictReader((path / "metrics.csv").read_text().splitlines())
-            self.rows = [row for row in rows if int(row["updates"]) <= self.updates]
+            try:
+                rows, now = csv.DictReader((path / "metrics.csv").read_text().splitlines()), (self.step, self.updates)
+                self.rows = [row for row in rows if (int(row["step"]), int(row["updates"])) <= now]
+            except (ValueError, TypeError, KeyError) as error:
+                raise BadInput(f"--resume {path}: its metrics.csv cannot be read ({type(error).__name__})") from None
         if args.track:
             import wandb
 
@@ -766,6 +778,8 @@ class Run:
                     shutil.rmtree(path)
                 raise BadInput(f"--track: {error}") from None
             self.wandb = wandb
+        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+        os.replace(path / "args.tmp", path / "args.json")  # the old one or the new one, whenever the process is killed
 
     def __enter__(self):
         self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -805,10 +819,11 @@ class Run:
                "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in self.terms.items()}
         self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
         names = dict.fromkeys(name for r in self.rows for name in r)
-        with open(self.dir / "metrics.csv", "w", newline="") as file:
+        with open(self.dir / "metrics.tmp", "w", newline="") as file:
             writer = csv.DictWriter(file, names, restval="nan")
             writer.writeheader()
             writer.writerows(self.rows)
+        os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
         if self.wandb:
             self.wandb.log(row, step=updates)
         if self.returns is not None:
@@ -827,6 +842,7 @@ class Run:
         self.check_finite()
         save_atomically({name: part.state_dict() for name, part in self.parts.items()} |
                         {"rng": torch.get_rng_state(), "step": self.step, "updates": self.updates,
+                         "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
                          "seconds": time.time() - self.start}, self.dir / "checkpoint.pt")
 
     def finish(self, model: dict, fps: int) -> Path:
@@ -835,7 +851,7 @@ class Run:
         if args.save_model:
             about = {"temperature": args.temperature, "gamma": args.gamma, "args": asdict(args),
                      "expert_return": expert, "random_return": self.random}
-            save_atomically({"script": SCRIPT, "env_id": args.env_id} | model | about, self.dir / "model.pt")
+            save_atomically({"script": SCRIPT, "env_id": args.env_id} | about | model, self.dir / "model.pt")
         if self.frames:
             video = self.dir / "videos" / f"step_{self.step}.mp4"
             write_video(self.frames, fps, video)
@@ -917,7 +933,7 @@ def train(args: Args) -> Path:
         for network in (actor, critic):
             network.standardize.mean.copy_(demos.transitions.obs.mean(0))
             network.standardize.std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant ones
-    if args.obs_dims:  # the others are divided by infinity
+    if args.obs_dims:  # DEVIATION: the others are divided by infinity
         for network in (actor, critic):
             network.standardize.std[args.obs_dims :] = np.inf
     target = deepcopy(critic)
@@ -927,10 +943,12 @@ def train(args: Args) -> Path:
     optimizers = [torch.optim.Adam(network.parameters(), lr=torch.tensor(lr, device=device), fused=True)
                   for network, lr in zip((actor, critic), learning_rates)]
     pretrain, total, n = args.pretrain_updates, args.total_timesteps, args.batch_size
-    starts = min(args.learning_starts, total // 10)  # so that a short run trains too
-    args = replace(args, learning_starts=starts)  # a resumed run that is made longer keeps it
-    replay = Replay(args.buffer_size if total else 1, [(obs_shape, torch.float32), (action_space.shape, torch.float32),
-                                                       (obs_shape, torch.float32), ((), torch.float32)], device)
+    if total and not args.resume:  # so that a short run trains too; a resumed one keeps what it began with
+        args = replace(args, learning_starts=max(1, min(args.learning_starts, total // 10)))
+    starts = args.learning_starts
+    fields = [(obs_shape, torch.float32), (action_space.shape, torch.float32), (obs_shape, torch.float32),
+              ((), torch.float32)]
+    replay = Replay(args.buffer_size if total or args.resume else 1, fields, device)
     initial = Replay(10_000, [(obs_shape, torch.float32)], device)  # states that episodes start from
     initial.add(demos.initial_obs)
     clone, update = make_update(actor, critic, target, average, optimizers, n, args)
@@ -976,7 +994,7 @@ def train(args: Args) -> Path:
                     fade = args.cloning_weight * max(0.0, 1 - run.step / args.cloning_steps)
                     run.terms = update(batch, initial.sample(n)[0], torch.full((), fade, device=device))
                 else:
-                    run.terms = clone(draw(demos, n))
+                    run.terms = clone(draw(demos, n))  # DEVIATION: the paper's actor starts from nothing
                     if average:  # before play it is the actor itself, so that it starts where play does
                         average.load_state_dict(actor.state_dict())
                 run.updates += 1

@@ -9,7 +9,7 @@
 
 One network Q(s, a) is the policy, softmax(Q/τ), and the reward, r = Q(s,a) − γ V(s'). It minimises
 
-    L = −E_expert[φ(r)] + E_expert and policy[V(s) − γ V(s')] (+ E[r²]/(4α) for χ²)
+    L = −E_expert[φ(r)] + E_expert and policy[V(s) − γ V(s')] (χ²: −E_expert[r] and + E[r²]/(4α))
 
 over demonstrations and the agent's own play; `--value-loss` has four forms of the second term. The environment's reward is
 never read in training.
@@ -22,6 +22,7 @@ Departures from the paper are marked DEVIATION where they act. This is the first
 `diff iq_discrete.py iq_atari.py` shows what pixels need.
 """
 import csv
+import importlib.util
 import json
 import os
 import pickle
@@ -166,6 +167,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     check(stored is not None, f"--resume {run_dir}: a run of {script}.py, expected one of {SCRIPT}.py")
     stored = replace(stored, out_dir=str(run_dir.resolve().parent), run_name=run_dir.resolve().name)
     args = tyro.cli(Args, args=argv, default=stored)
+    if (Path(args.out_dir) / args.run_name).resolve() == run_dir.resolve():  # the same place in other words
+        args = replace(args, out_dir=stored.out_dir, run_name=stored.run_name)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
@@ -177,8 +180,8 @@ def validate(args: Args) -> None:
     """Check the numbers among the flags. Raises BadInput."""
     rules = {
         "at least 1": (lambda x: x >= 1, "num_envs subsample_freq batch_size buffer_size eval_episodes hidden_size"),
-        "at least 0": (lambda x: x >= 0, "seed pretrain_updates total_timesteps num_demos temperature gradient_penalty "
-                       "obs_noise eval_every checkpoint_every"),
+        "at least 0 and finite": (lambda x: 0 <= x < np.inf, "seed pretrain_updates total_timesteps num_demos "
+                       "temperature gradient_penalty obs_noise eval_every checkpoint_every"),
         "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "learning_rate updates_per_step"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
@@ -189,11 +192,13 @@ def validate(args: Args) -> None:
         for name in names.split():
             value = getattr(args, name)
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
+    check(not args.track or importlib.util.find_spec("wandb"), "--track: it needs `pip install wandb`")
     check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
     check(not (args.compile and args.divergence == "w1"),
           "--compile: not with --divergence w1, whose gradient penalty torch.compile cannot differentiate twice")
     check(args.chi2_alpha is None or 0 < args.chi2_alpha < np.inf,
           f"--chi2-alpha {args.chi2_alpha}: expected above 0 and finite")
+    check(args.q_bound is None or 0 <= args.q_bound < np.inf, f"--q-bound {args.q_bound}: expected at least 0 and finite")
 
 
 # ---------------------------------------------------------------------------------------- Environment
@@ -288,18 +293,19 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     """
     grid = {"size": args.grid_size} | {switch: getattr(args, switch) for switch in GRID_SWITCHES}
     try:
-        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", render_mode=render_mode,
+        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync",
                             vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
-                            **(grid if env_name(args.env_id) == "GridWorld" else {}))
-    except (gym.error.Error, ImportError, ValueError) as error:
+                            **({"render_mode": render_mode} if render_mode else {}),  # not every constructor takes it
+                            **(grid if args.env_id == "GridWorld-v0" else {}))
+    except (gym.error.Error, ImportError, ValueError, TypeError) as error:
         raise BadInput(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     check(not isinstance(action_space, gym.spaces.Box),
           f"--env-id {args.env_id}: its actions are continuous, which iq_continuous.py is for")
     check(isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0,
           f"--env-id {args.env_id}: its action space is {action_space}, expected Discrete(n)")
-    check(isinstance(obs_space, gym.spaces.Box),
-          f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box")
+    check(isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 0,
+          f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box of one dimension or more")
     if render_mode:  # told before training, not after it
         try:
             envs.reset()
@@ -342,8 +348,9 @@ class QNetwork(nn.Module):
 
 
 class GridCNN(nn.Module):
-    """A fully convolutional network over the grid, read out at the agent's cell: planning is the same computation
-    wherever the agent stands, so what is learned on some walls carries to others."""
+    """A fully convolutional network over the grid, read out at the agent's cell (under `--obs-noise` with a little of
+    the others): planning is the same computation wherever the agent stands, so what is learned on some walls carries to
+    others."""
 
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, channels: int):
         super().__init__()
@@ -418,10 +425,10 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
         episodes = list(tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc="reading", disable=None))
     except Exception as error:  # minari raises many kinds: no such dataset, no network, a broken file
         raise BadInput(f"--demos {dataset_id}: Minari cannot load it: {' '.join(str(error).split())}") from None
-    check(all(isinstance(e.observations, np.ndarray) for e in episodes),
-          f"--demos {dataset_id}: its observations are not plain arrays")
-    arrays = {name: np.concatenate([getattr(e, name) for e in episodes])
-              for name in ("observations", "actions", "terminations", "truncations", "rewards")}
+    names = ("observations", "actions", "terminations", "truncations", "rewards")
+    check(episodes and all(isinstance(getattr(e, name), np.ndarray) for e in episodes for name in names),
+          f"--demos {dataset_id}: it holds no episodes, or some of their {', '.join(names)} are not plain arrays")
+    arrays = {name: np.concatenate([getattr(e, name) for e in episodes]) for name in names}
     return arrays | {"episode_lengths": np.array([len(e.actions) for e in episodes]),
                      "env_id": np.array(dataset.env_spec.id if dataset.env_spec else "unknown")}
 
@@ -431,7 +438,7 @@ def demonstrations_path(args: Args) -> str:
     if args.demos is not None:
         return args.demos
     name = args.env_id.replace("/", "-")
-    if env_name(args.env_id) == "GridWorld":
+    if args.env_id == "GridWorld-v0":
         name += "".join(f"-{switch.replace('_', '-')}" for switch in GRID_SWITCHES if getattr(args, switch))
     path = Path(__file__).resolve().parent / "demos" / f"{name}.npz"
     check(os.path.isfile(path), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
@@ -454,6 +461,8 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     ends = {"terminations", "truncations"}
     if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):
         return where, read_npz(path, names)
+    if "terminations" in keys:  # of the two the one that training reads
+        return where, read_npz(path, [name for name in names if name != "truncations"])
     check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
           "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
     data = read_npz(path, [name for name in names if name not in ends] + ["dones"])
@@ -623,7 +632,8 @@ def phi(divergence: str, r: torch.Tensor) -> torch.Tensor:
 
 
 def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Tensor, args: Args):
-    """The IQ-Learn loss, to be minimised: −E_expert[φ(r)] + value term (+ E[r²]/(4α)), Eq. 9 to 11 and §5.1 to 5.3.
+    """The IQ-Learn loss, to be minimised: −E_expert[φ(r)] + value term (χ²: φ(r) = r and + E[r²]/(4α)), Eq. 9 to 11 and
+    §5.1 to 5.3.
 
     Args:
         batch: `[B]` rows, the first `n_expert` of them the expert's, the others the policy's.
@@ -780,7 +790,7 @@ def save_atomically(content: dict, path: Path) -> None:
 
 class Run:
     """A run's directory, counters, rows and checkpoints: `pretrain` updates on demonstrations, then `total` steps.
-    Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two updates; a second one acts at
+    Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two steps; a second one acts at
     once."""
 
     def __init__(self, args: Args, device, demos, parts: dict, policy, pretrain: int, total: int, label: str):
@@ -805,6 +815,8 @@ class Run:
                 for name, part in self.parts.items():
                     part.load_state_dict(stored[name])
                 torch.set_rng_state(stored["rng"].cpu())
+                if self.device.type == "cuda" and stored["cuda_rng"] is not None:  # batches are drawn there
+                    torch.cuda.set_rng_state(stored["cuda_rng"].cpu(), self.device)
                 self.step, self.updates, seconds = stored["step"], stored["updates"], stored["seconds"]
             except (*UNREADABLE, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
@@ -816,12 +828,14 @@ class Run:
             except OSError as error:
                 raise BadInput(f"--out-dir {args.out_dir}: {error}") from None
             shutil.copy(__file__, path)
-        (path / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
         self.first_step, self.first_updates, self.first_time = self.step, self.updates, time.time()
         self.start = self.first_time - seconds
         if args.resume and (path / "metrics.csv").exists():  # rows after the checkpoint are dropped, to be written anew
-            rows = csv.DictReader((path / "metrics.csv").read_text().splitlines())
-            self.rows = [row for row in rows if int(row["updates"]) <= self.updates]
+            try:
+                rows, now = csv.DictReader((path / "metrics.csv").read_text().splitlines()), (self.step, self.updates)
+                self.rows = [row for row in rows if (int(row["step"]), int(row["updates"])) <= now]
+            except (ValueError, TypeError, KeyError) as error:
+                raise BadInput(f"--resume {path}: its metrics.csv cannot be read ({type(error).__name__})") from None
         if args.track:
             import wandb
 
@@ -833,6 +847,8 @@ class Run:
                     shutil.rmtree(path)
                 raise BadInput(f"--track: {error}") from None
             self.wandb = wandb
+        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+        os.replace(path / "args.tmp", path / "args.json")  # the old one or the new one, whenever the process is killed
 
     def __enter__(self):
         self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -872,10 +888,11 @@ class Run:
                "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in self.terms.items()}
         self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
         names = dict.fromkeys(name for r in self.rows for name in r)
-        with open(self.dir / "metrics.csv", "w", newline="") as file:
+        with open(self.dir / "metrics.tmp", "w", newline="") as file:
             writer = csv.DictWriter(file, names, restval="nan")
             writer.writeheader()
             writer.writerows(self.rows)
+        os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
         if self.wandb:
             self.wandb.log(row, step=updates)
         if self.returns is not None:
@@ -893,6 +910,7 @@ class Run:
         self.check_finite()
         save_atomically({name: part.state_dict() for name, part in self.parts.items()} |
                         {"rng": torch.get_rng_state(), "step": self.step, "updates": self.updates,
+                         "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
                          "seconds": time.time() - self.start}, self.dir / "checkpoint.pt")
 
     def finish(self, model: dict, fps: int) -> Path:
@@ -901,7 +919,7 @@ class Run:
         if args.save_model:
             about = {"temperature": args.temperature, "gamma": args.gamma, "args": asdict(args),
                      "expert_return": expert, "random_return": self.random}
-            save_atomically({"script": SCRIPT, "env_id": args.env_id} | model | about, self.dir / "model.pt")
+            save_atomically({"script": SCRIPT, "env_id": args.env_id} | about | model, self.dir / "model.pt")
         if self.frames:
             video = self.dir / "videos" / f"step_{self.step}.mp4"
             write_video(self.frames, fps, video)
@@ -956,8 +974,8 @@ def train(args: Args) -> Path:
     if args.capture_video:
         make_envs(args, 1, "rgb_array").close()
     obs_shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
-    check(args.network == "mlp" or env_name(args.env_id) == "GridWorld",
-          f"--network cnn: it is for GridWorld, not {args.env_id}")
+    check(args.network == "mlp" or args.env_id == "GridWorld-v0" and not args.standardize_obs,
+          f"--network cnn: it is for GridWorld-v0, not {args.env_id}, and takes its observations as they are")
     demos = load_demonstrations(args, obs_shape, num_actions, device)
 
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
@@ -973,10 +991,9 @@ def train(args: Args) -> Path:
     pretrain, total, n = args.pretrain_updates, args.total_timesteps, args.batch_size
     if args.objective == "bc":  # it reads the demonstrations alone: the same updates, and no play
         pretrain, total = pretrain + int(total * args.updates_per_step), 0
-        args = replace(args, temperature=1.0)  # its policy is softmax(Q)
     both = args.value_loss == "value" or args.chi2_rows == "both" or args.divergence == "w1"
-    replay = Replay(args.buffer_size if total else 1, [(obs_shape, torch.float32), ((), torch.int64),
-                                                        (obs_shape, torch.float32), ((), torch.float32)], device)
+    fields = [(obs_shape, torch.float32), ((), torch.int64), (obs_shape, torch.float32), ((), torch.float32)]
+    replay = Replay(args.buffer_size if total or args.resume else 1, fields, device)
     initial = Replay(10_000, [(obs_shape, torch.float32)], device)  # states that episodes start from
     initial.add(demos.initial_obs)
     update = make_update(network, target, average, optimizer, n, args)
@@ -1015,7 +1032,8 @@ def train(args: Args) -> Path:
         run.report(last=True)
         run.save()
     envs.close()
-    return run.finish({"network": policy.state_dict(), "sizes": policy.sizes}, envs.metadata.get("render_fps", 30))
+    cloned = {"temperature": 1.0} if args.objective == "bc" else {}  # its policy is softmax(Q)
+    return run.finish({"network": policy.state_dict(), "sizes": policy.sizes} | cloned, envs.metadata.get("render_fps", 30))
 
 
 def play(args: Args) -> None:

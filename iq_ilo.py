@@ -10,7 +10,7 @@
 The demonstrations hold states and no actions. IQ-Learn's reward r = Q(s,a) − γ V(s') still needs an action that led
 from the expert's s to its s'. By default an inverse-dynamics model p(a|s,s'), fitted on the agent's own play, names it:
 
-    L = −E_expert[E_{a ~ p(a|s,s')} φ(r)] + (value term) + E[r²]/(4α)
+    L = −E_expert[E_{a ~ p(a|s,s')} r] + (value term) + E[r²]/(4α)
 
 Discrete actions (the policy is softmax(Q/τ)) and continuous ones (a tanh-Gaussian actor), as the environment has them.
 The environment's reward is never read in training, and the file's `actions` are never opened.
@@ -24,6 +24,7 @@ LunarLander-v3 184.8 ± 41.7 of 264.7 from one, 271.4 ± 3.1 of 276.7 from 10.
 `diff iq_continuous.py iq_ilo.py` shows what missing actions need.
 """
 import csv
+import importlib.util
 import json
 import os
 import pickle
@@ -102,7 +103,7 @@ class Args:
     chi2_alpha: float = 0.5  # χ² strength [α]
     chi2_rows: Literal["expert", "both"] = "both"  # rows whose r² is penalised
     value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "v0_expert"  # form of the second term
-    bound_targets: bool = True  # clip V(s') where χ² on both halves bounds it, entropy aside; not with large temperatures
+    bound_targets: bool = True  # clip the target's V(s') where χ² on both halves bounds it; not with large temperatures
     target_rate: float = 0.005  # Polyak rate of the target critic for V(s'); 0: none, V(s') has gradient
     average_rate: float = 0.0005  # rate of the moving average that is evaluated and saved; 0: the network
     # The network
@@ -183,6 +184,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     check(stored is not None, f"--resume {run_dir}: a run of {script}.py, expected one of {SCRIPT}.py")
     stored = replace(stored, out_dir=str(run_dir.resolve().parent), run_name=run_dir.resolve().name)
     args = tyro.cli(Args, args=argv, default=stored)
+    if (Path(args.out_dir) / args.run_name).resolve() == run_dir.resolve():  # the same place in other words
+        args = replace(args, out_dir=stored.out_dir, run_name=stored.run_name)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
@@ -195,8 +198,8 @@ def validate(args: Args) -> None:
     rules = {
         "at least 1": (lambda x: x >= 1, "num_envs subsample_freq batch_size buffer_size eval_episodes hidden_size "
                        "learning_starts"),
-        "at least 0": (lambda x: x >= 0, "seed total_timesteps num_demos temperature obs_dims obs_noise reward_updates "
-                       "eval_every checkpoint_every"),
+        "at least 0 and finite": (lambda x: 0 <= x < np.inf, "seed total_timesteps num_demos temperature obs_dims "
+                       "obs_noise reward_updates eval_every checkpoint_every"),
         "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "actor_lr critic_lr idm_lr updates_per_step chi2_alpha"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
@@ -206,6 +209,7 @@ def validate(args: Args) -> None:
         for name in names.split():
             value = getattr(args, name)
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
+    check(not args.track or importlib.util.find_spec("wandb"), "--track: it needs `pip install wandb`")
     check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
     check((args.missing_action, args.value_loss) != ("policy", "value_expert"),
           "--missing-action policy: with --value-loss value_expert expert rows alone are read, and actions of the policy "
@@ -296,21 +300,23 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     """
     maze = {switch: getattr(args, switch) for switch in MAZE_SWITCHES}
     try:
-        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", render_mode=render_mode,
+        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync",
                             vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
-                            **(maze if env_name(args.env_id) == "PointMaze" else {}))
-    except (gym.error.Error, ImportError, ValueError) as error:
+                            **({"render_mode": render_mode} if render_mode else {}),  # not every constructor takes it
+                            **(maze if args.env_id == "PointMaze-v0" else {}))
+    except (gym.error.Error, ImportError, ValueError, TypeError) as error:
         raise BadInput(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     if isinstance(action_space, gym.spaces.Discrete):
         usable = action_space.start == 0
     else:
-        usable = (isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1 and action_space.is_bounded()
+        usable = (isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
+                  and (np.abs([action_space.low, action_space.high]) < 1e30).all()  # float32's limits stand for none, too
                   and action_space.dtype.kind == "f" and (action_space.low < action_space.high).all())
     check(usable, f"--env-id {args.env_id}: its action space is {action_space}, expected Discrete(n), or a bounded Box of "
           "one dimension of real numbers from a low to a higher bound")
-    check(isinstance(obs_space, gym.spaces.Box),
-          f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box")
+    check(isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 0,
+          f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box of one dimension or more")
     if render_mode:  # told before training, not after it
         try:
             envs.reset()
@@ -339,7 +345,7 @@ def mlp(inputs: int, hidden_size: int, outputs: int, layer_norm: bool = False) -
     """Two hidden layers of ReLU units."""
     layers = []
     for size in (inputs, hidden_size):
-        norm = nn.LayerNorm(hidden_size) if layer_norm else nn.Identity()
+        norm = nn.LayerNorm(hidden_size) if layer_norm else nn.Identity()  # DEVIATION: the paper has none
         layers += [nn.Linear(size, hidden_size), norm, nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(hidden_size, outputs))
 
@@ -574,10 +580,10 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
         episodes = list(tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc="reading", disable=None))
     except Exception as error:  # minari raises many kinds: no such dataset, no network, a broken file
         raise BadInput(f"--demos {dataset_id}: Minari cannot load it: {' '.join(str(error).split())}") from None
-    check(all(isinstance(e.observations, np.ndarray) for e in episodes),
-          f"--demos {dataset_id}: its observations are not plain arrays")
-    arrays = {name: np.concatenate([getattr(e, name) for e in episodes])
-              for name in ("observations", "terminations", "truncations", "rewards")}
+    names = ("observations", "terminations", "truncations", "rewards")
+    check(episodes and all(isinstance(getattr(e, name), np.ndarray) for e in episodes for name in names),
+          f"--demos {dataset_id}: it holds no episodes, or some of their {', '.join(names)} are not plain arrays")
+    arrays = {name: np.concatenate([getattr(e, name) for e in episodes]) for name in names}
     return arrays | {"episode_lengths": np.array([len(e.terminations) for e in episodes]),
                      "env_id": np.array(dataset.env_spec.id if dataset.env_spec else "unknown")}
 
@@ -587,7 +593,7 @@ def demonstrations_path(args: Args) -> str:
     if args.demos is not None:
         return args.demos
     name = args.env_id.replace("/", "-")
-    if env_name(args.env_id) == "PointMaze":
+    if args.env_id == "PointMaze-v0":
         name += "-left" * (args.barrier == "left") + "-random-start" * args.random_start
     path = Path(__file__).resolve().parent / "demos" / f"{name}.npz"
     check(os.path.isfile(path), f"--demos: none bundled for {name} ({path} is not there), so give an .npz file with "
@@ -610,6 +616,8 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     ends = {"terminations", "truncations"}
     if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):
         return where, read_npz(path, names)
+    if "terminations" in keys:  # of the two the one that training reads
+        return where, read_npz(path, [name for name in names if name != "truncations"])
     check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
           "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
     data = read_npz(path, [name for name in names if name not in ends] + ["dones"])
@@ -775,7 +783,7 @@ def name_actions(missing_action: str, policy, idm, expert: States, played: Batch
 
 
 def iq_loss(critic, target, policy, batch: Batch, n_expert: int, initial_obs: torch.Tensor, args: Args):
-    """The critic's IQ-Learn loss, to be minimised: −E_expert[φ(r)] + value term + E[r²]/(4α), Eq. 9 to 11 and §5.1 to 5.4.
+    """The critic's IQ-Learn loss, to be minimised: −E_expert[r] + value term + E[r²]/(4α), Eq. 9 to 11 and §5.1 to 5.4.
 
     Args:
         batch: `[B]` rows, the first `n_expert` of them the expert's with the actions of `name_actions`, the others the
@@ -922,7 +930,7 @@ def save_atomically(content: dict, path: Path) -> None:
 
 class Run:
     """A run's directory, counters, rows and checkpoints: `pretrain` updates on demonstrations, then `total` steps.
-    Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two updates; a second one acts at
+    Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two steps; a second one acts at
     once."""
 
     def __init__(self, args: Args, device, demos, parts: dict, policy, pretrain: int, total: int, label: str):
@@ -947,6 +955,8 @@ class Run:
                 for name, part in self.parts.items():
                     part.load_state_dict(stored[name])
                 torch.set_rng_state(stored["rng"].cpu())
+                if self.device.type == "cuda" and stored["cuda_rng"] is not None:  # batches are drawn there
+                    torch.cuda.set_rng_state(stored["cuda_rng"].cpu(), self.device)
                 self.step, self.updates, seconds = stored["step"], stored["updates"], stored["seconds"]
             except (*UNREADABLE, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
@@ -958,12 +968,14 @@ class Run:
             except OSError as error:
                 raise BadInput(f"--out-dir {args.out_dir}: {error}") from None
             shutil.copy(__file__, path)
-        (path / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
         self.first_step, self.first_updates, self.first_time = self.step, self.updates, time.time()
         self.start = self.first_time - seconds
         if args.resume and (path / "metrics.csv").exists():  # rows after the checkpoint are dropped, to be written anew
-            rows = csv.DictReader((path / "metrics.csv").read_text().splitlines())
-            self.rows = [row for row in rows if int(row["updates"]) <= self.updates]
+            try:
+                rows, now = csv.DictReader((path / "metrics.csv").read_text().splitlines()), (self.step, self.updates)
+                self.rows = [row for row in rows if (int(row["step"]), int(row["updates"])) <= now]
+            except (ValueError, TypeError, KeyError) as error:
+                raise BadInput(f"--resume {path}: its metrics.csv cannot be read ({type(error).__name__})") from None
         if args.track:
             import wandb
 
@@ -975,6 +987,8 @@ class Run:
                     shutil.rmtree(path)
                 raise BadInput(f"--track: {error}") from None
             self.wandb = wandb
+        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+        os.replace(path / "args.tmp", path / "args.json")  # the old one or the new one, whenever the process is killed
 
     def __enter__(self):
         self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -1014,10 +1028,11 @@ class Run:
                "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in self.terms.items()}
         self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
         names = dict.fromkeys(name for r in self.rows for name in r)
-        with open(self.dir / "metrics.csv", "w", newline="") as file:
+        with open(self.dir / "metrics.tmp", "w", newline="") as file:
             writer = csv.DictWriter(file, names, restval="nan")
             writer.writeheader()
             writer.writerows(self.rows)
+        os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
         if self.wandb:
             self.wandb.log(row, step=updates)
         if self.returns is not None:
@@ -1036,6 +1051,7 @@ class Run:
         self.check_finite()
         save_atomically({name: part.state_dict() for name, part in self.parts.items()} |
                         {"rng": torch.get_rng_state(), "step": self.step, "updates": self.updates,
+                         "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
                          "seconds": time.time() - self.start}, self.dir / "checkpoint.pt")
 
     def finish(self, model: dict, fps: int) -> Path:
@@ -1044,7 +1060,7 @@ class Run:
         if args.save_model:
             about = {"temperature": args.temperature, "gamma": args.gamma, "args": asdict(args),
                      "expert_return": expert, "random_return": self.random}
-            save_atomically({"script": SCRIPT, "env_id": args.env_id} | model | about, self.dir / "model.pt")
+            save_atomically({"script": SCRIPT, "env_id": args.env_id} | about | model, self.dir / "model.pt")
         if self.frames:
             video = self.dir / "videos" / f"step_{self.step}.mp4"
             write_video(self.frames, fps, video)
@@ -1064,7 +1080,7 @@ class Run:
 def blurred(batch: Batch, noise: float) -> Batch:
     """With Gaussian noise on its observations, so that the implied reward varies slowly with the state."""
     if not noise:
-        return batch
+        return batch  # DEVIATION below: the paper has none
     return batch._replace(obs=batch.obs + noise * torch.randn_like(batch.obs),
                           next_obs=batch.next_obs + noise * torch.randn_like(batch.obs))
 
@@ -1107,7 +1123,7 @@ def make_update(critic, target, policy, average, average_critic, idm, optimizers
 
 def fit_reward(critic, policy, idm, demos: Demonstrations, replay: Replay, args: Args, stop: "Run") -> QNetwork:
     """The network behind `state_reward`: the least-squares fit of the implied reward on (s, a), over the agent's own
-    transitions and the expert's; not to the end when a signal comes."""
+    transitions and, with inverse dynamics, the expert's; not to the end when a signal comes."""
     reward = deepcopy(critic)
     optimizer = torch.optim.Adam(reward.parameters(), lr=1e-3, fused=True)
     for update in range(args.reward_updates):
@@ -1116,9 +1132,11 @@ def fit_reward(critic, policy, idm, demos: Demonstrations, replay: Replay, args:
         for group in optimizer.param_groups:  # to zero, so that the last rows do not count for more
             group["lr"] = 1e-3 * (1 - update / args.reward_updates)
         expert, played = draw(demos, args.batch_size), Batch(*replay.sample(args.batch_size))
-        action = name_actions(args.missing_action, policy, idm, expert, played, args.temperature)
-        rows = zip(Batch(expert.obs, action, expert.next_obs, expert.terminated), played)
-        obs, action, next_obs, terminated = blurred(Batch(*map(torch.cat, rows)), args.obs_noise)
+        if idm is not None:  # else the actions are not those that led to the expert's s'
+            action = name_actions(args.missing_action, policy, idm, expert, played, args.temperature)
+            named = Batch(expert.obs, action, expert.next_obs, expert.terminated)
+            played = Batch(*(torch.cat(rows) for rows in zip(named, played)))
+        obs, action, next_obs, terminated = blurred(played, args.obs_noise)
         with torch.no_grad():
             r = critic(obs, action) - args.gamma * (1 - terminated) * policy.value(critic, next_obs, args.temperature)
         optimizer.zero_grad(set_to_none=True)
@@ -1158,7 +1176,7 @@ def train(args: Args) -> Path:
     for standardize, x in statistics:
         standardize.mean.copy_(x.mean(0))
         standardize.std.copy_(x.std(0, correction=0).clamp(min=0.01 if x is obs else 1e-4))  # near-constant ones
-    if args.obs_dims:  # the others are divided by infinity
+    if args.obs_dims:  # DEVIATION: the others are divided by infinity
         for module in nn.ModuleList(filter(None, (critic, policy, idm))).modules():
             if isinstance(module, Standardize):
                 module.std[args.obs_dims :] = np.inf
@@ -1172,11 +1190,12 @@ def train(args: Args) -> Path:
     optimizers = {name: network and torch.optim.Adam(network.parameters(), torch.tensor(learning_rates[name], device=device),
                                                      fused=True) for name, network in learned.items()}
     total, n = args.total_timesteps, args.batch_size
-    starts = min(args.learning_starts, total // 2)  # so that a short run trains too
-    args = replace(args, learning_starts=starts)  # a resumed run that is made longer keeps it
+    if total and not args.resume:  # so that a short run trains too; a resumed one keeps what it began with
+        args = replace(args, learning_starts=max(1, min(args.learning_starts, total // 2)))
+    starts = args.learning_starts
     kind = ((), torch.int64) if discrete else (action_space.shape, torch.float32)
-    replay = Replay(args.buffer_size if total else 1, [(obs_shape, torch.float32), kind, (obs_shape, torch.float32),
-                                                       ((), torch.float32)], device)
+    fields = [(obs_shape, torch.float32), kind, (obs_shape, torch.float32), ((), torch.float32)]
+    replay = Replay(args.buffer_size if total or args.resume else 1, fields, device)
     initial = Replay(10_000, [(obs_shape, torch.float32)], device)  # states that episodes start from
     initial.add(demos.initial_obs)
     update = make_update(critic, target, policy, average, average_critic, idm, optimizers.values(), n, args)

@@ -22,6 +22,7 @@ Departures from the paper are marked DEVIATION where they act. Derived from iq_d
 `diff iq_discrete.py iq_offline.py` shows what logged data and continuous actions need.
 """
 import csv
+import importlib.util
 import json
 import os
 import pickle
@@ -159,6 +160,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     check(stored is not None, f"--resume {run_dir}: a run of {script}.py, expected one of {SCRIPT}.py")
     stored = replace(stored, out_dir=str(run_dir.resolve().parent), run_name=run_dir.resolve().name)
     args = tyro.cli(Args, args=argv, default=stored)
+    if (Path(args.out_dir) / args.run_name).resolve() == run_dir.resolve():  # the same place in other words
+        args = replace(args, out_dir=stored.out_dir, run_name=stored.run_name)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
@@ -170,8 +173,8 @@ def validate(args: Args) -> None:
     """Check the numbers among the flags. Raises BadInput."""
     rules = {
         "at least 1": (lambda x: x >= 1, "subsample_freq batch_size eval_episodes hidden_size"),
-        "at least 0": (lambda x: x >= 0, "seed total_updates num_demos temperature gradient_penalty cloning_weight "
-                       "hidden_layers weight_decay obs_dims eval_every checkpoint_every"),
+        "at least 0 and finite": (lambda x: 0 <= x < np.inf, "seed total_updates num_demos temperature gradient_penalty "
+                       "cloning_weight hidden_layers weight_decay obs_dims eval_every checkpoint_every"),
         "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "learning_rate actor_lr critic_lr"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma holdout"),
@@ -181,10 +184,12 @@ def validate(args: Args) -> None:
         for name in names.split():
             value = getattr(args, name)
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
+    check(not args.track or importlib.util.find_spec("wandb"), "--track: it needs `pip install wandb`")
     check(not (args.compile and args.divergence == "w1"),
           "--compile: not with --divergence w1, whose gradient penalty torch.compile cannot differentiate twice")
     check(args.chi2_alpha is None or 0 < args.chi2_alpha < np.inf,
           f"--chi2-alpha {args.chi2_alpha}: expected above 0 and finite")
+    check(args.q_bound is None or 0 <= args.q_bound < np.inf, f"--q-bound {args.q_bound}: expected at least 0 and finite")
 
 
 # ---------------------------------------------------------------------------------------- Environment
@@ -204,17 +209,18 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
         BadInput: an unknown environment, or one whose spaces this script does not handle.
     """
     try:
-        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", render_mode=render_mode,
-                            vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP})
-    except (gym.error.Error, ImportError, ValueError) as error:
+        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync",
+                            vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
+                            **({"render_mode": render_mode} if render_mode else {}))  # not every constructor takes it
+    except (gym.error.Error, ImportError, ValueError, TypeError) as error:
         raise BadInput(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
     continuous = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
     check(discrete or continuous,
           f"--env-id {args.env_id}: its action space is {action_space}, expected Discrete(n) or a Box of shape (n,)")
-    check(isinstance(obs_space, gym.spaces.Box),
-          f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box")
+    check(isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 0,
+          f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box of one dimension or more")
     if render_mode:  # told before training, not after it
         try:
             envs.reset()
@@ -389,10 +395,10 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
         episodes = list(tqdm(dataset.iterate_episodes(), total=dataset.total_episodes, desc="reading", disable=None))
     except Exception as error:  # minari raises many kinds: no such dataset, no network, a broken file
         raise BadInput(f"--demos {dataset_id}: Minari cannot load it: {' '.join(str(error).split())}") from None
-    check(all(isinstance(e.observations, np.ndarray) for e in episodes),
-          f"--demos {dataset_id}: its observations are not plain arrays")
-    arrays = {name: np.concatenate([getattr(e, name) for e in episodes])
-              for name in ("observations", "actions", "terminations", "truncations", "rewards")}
+    names = ("observations", "actions", "terminations", "truncations", "rewards")
+    check(episodes and all(isinstance(getattr(e, name), np.ndarray) for e in episodes for name in names),
+          f"--demos {dataset_id}: it holds no episodes, or some of their {', '.join(names)} are not plain arrays")
+    arrays = {name: np.concatenate([getattr(e, name) for e in episodes]) for name in names}
     return arrays | {"episode_lengths": np.array([len(e.actions) for e in episodes]),
                      "env_id": np.array(dataset.env_spec.id if dataset.env_spec else "unknown")}
 
@@ -424,6 +430,8 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     ends = {"terminations", "truncations"}
     if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):
         return where, read_npz(path, names)
+    if "terminations" in keys:  # of the two the one that training reads
+        return where, read_npz(path, [name for name in names if name != "truncations"])
     check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
           "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
     data = read_npz(path, [name for name in names if name not in ends] + ["dones"])
@@ -502,6 +510,7 @@ def find_spaces(where: str, data: dict[str, np.ndarray], spaces: Spaces | None) 
               f"and the actions of --env-id are {'continuous' if expected else 'discrete'}")
     if actions.dtype.kind != "f":
         count = data.get("num_actions", actions.max() + 1)
+        check(actions.min() >= 0, f"{where}: actions from {actions.min()}, expected 0 or more")
         check(np.shape(count) == () and np.asarray(count).dtype.kind in "iu" and count > 0,
               f"{where}: num_actions of {np.asarray(count).dtype} and shape {np.shape(count)}, expected a whole number")
         count = spaces.num_actions if spaces else int(count)
@@ -521,7 +530,7 @@ def find_spaces(where: str, data: dict[str, np.ndarray], spaces: Spaces | None) 
                   f"{where}: recorded with action bounds {bound}, those of --env-id are {own}")
         bounds = list(map(np.array, spaces[2:]))
     low, high = (np.full(dim, sign * np.inf) if bound is None else bound for sign, bound in zip((-1, 1), bounds))
-    unknown = ~(np.isfinite(low) & np.isfinite(high))
+    unknown = ~((np.abs(low) < 1e30) & (np.abs(high) < 1e30))  # float32's limits stand for none, too
     if unknown.any():
         print(f"warning: no bounds of action dimensions {np.flatnonzero(unknown).tolist()} are known, so they are taken "
               "from the demonstrations' extremes", file=sys.stderr)
@@ -644,7 +653,7 @@ def phi(divergence: str, r: torch.Tensor) -> torch.Tensor:
 
 
 def iq_loss(network, target, actor, batch: Batch, initial_obs: torch.Tensor, args: Args):
-    """The IQ-Learn loss on expert rows, to be minimised: −E[φ(r)] + value term (+ E[r²]/(4α)), Eq. 9 to 12.
+    """The IQ-Learn loss on expert rows, to be minimised: −E[φ(r)] + value term (χ²: φ(r) = r and + E[r²]/(4α)), Eq. 9 to 12.
 
     Args:
         actor: None where actions are discrete.
@@ -864,6 +873,8 @@ class Run:
                 for name, part in self.parts.items():
                     part.load_state_dict(stored[name])
                 torch.set_rng_state(stored["rng"].cpu())
+                if self.device.type == "cuda" and stored["cuda_rng"] is not None:  # batches are drawn there
+                    torch.cuda.set_rng_state(stored["cuda_rng"].cpu(), self.device)
                 self.step, self.updates, seconds = stored["step"], stored["updates"], stored["seconds"]
             except (*UNREADABLE, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
@@ -875,12 +886,14 @@ class Run:
             except OSError as error:
                 raise BadInput(f"--out-dir {args.out_dir}: {error}") from None
             shutil.copy(__file__, path)
-        (path / "args.json").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
         self.first_step, self.first_updates, self.first_time = self.step, self.updates, time.time()
         self.start = self.first_time - seconds
         if args.resume and (path / "metrics.csv").exists():  # rows after the checkpoint are dropped, to be written anew
-            rows = csv.DictReader((path / "metrics.csv").read_text().splitlines())
-            self.rows = [row for row in rows if int(row["updates"]) <= self.updates]
+            try:
+                rows, now = csv.DictReader((path / "metrics.csv").read_text().splitlines()), (self.step, self.updates)
+                self.rows = [row for row in rows if (int(row["step"]), int(row["updates"])) <= now]
+            except (ValueError, TypeError, KeyError) as error:
+                raise BadInput(f"--resume {path}: its metrics.csv cannot be read ({type(error).__name__})") from None
         if args.track:
             import wandb
 
@@ -892,6 +905,8 @@ class Run:
                     shutil.rmtree(path)
                 raise BadInput(f"--track: {error}") from None
             self.wandb = wandb
+        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+        os.replace(path / "args.tmp", path / "args.json")  # the old one or the new one, whenever the process is killed
 
     def __enter__(self):
         self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -932,10 +947,11 @@ class Run:
                "seconds": round(now - self.start, 1)} | terms
         self.rows = [old for old in self.rows if int(old["updates"]) < updates] + [row]
         names = dict.fromkeys(name for r in self.rows for name in r)
-        with open(self.dir / "metrics.csv", "w", newline="") as file:
+        with open(self.dir / "metrics.tmp", "w", newline="") as file:
             writer = csv.DictWriter(file, names, restval="nan")
             writer.writeheader()
             writer.writerows(self.rows)
+        os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
         if self.wandb:
             self.wandb.log(row, step=updates)
         shown = {name: value for name, value in terms.items() if name == "loss" or name in held}
@@ -956,6 +972,7 @@ class Run:
         self.check_finite()
         save_atomically({name: part.state_dict() for name, part in self.parts.items()} |
                         {"rng": torch.get_rng_state(), "step": self.step, "updates": self.updates,
+                         "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
                          "seconds": time.time() - self.start}, self.dir / "checkpoint.pt")
 
     def finish(self, model: dict) -> Path:
@@ -964,7 +981,7 @@ class Run:
         if args.save_model:
             about = {"temperature": self.temperature, "gamma": args.gamma, "args": asdict(args),
                      "expert_return": expert, "random_return": self.random}
-            save_atomically({"script": SCRIPT, "env_id": self.env_id} | model | about, self.dir / "model.pt")
+            save_atomically({"script": SCRIPT, "env_id": self.env_id} | about | model, self.dir / "model.pt")
         if self.frames:
             video = self.dir / "videos" / f"update_{self.updates}.mp4"
             write_video(self.frames, 30, video)
@@ -977,8 +994,9 @@ class Run:
                   flush=True)
             raise SystemExit(128 + self.signum)
         if not self.evaluated and args.save_model:
+            env_id = "ENVIRONMENT" if self.env_id == "unknown" else shlex.quote(self.env_id)
             print(f"not evaluated; where the environment is installed: python {SCRIPT}.py --evaluate "
-                  f"{self.dir / 'model.pt'} --env-id {self.env_id}")
+                  f"{shlex.quote(str(self.dir / 'model.pt'))} --env-id {env_id}")
         seconds = time.time() - self.start
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
         return self.dir
@@ -1037,7 +1055,7 @@ def train(args: Args) -> Path:
         for module in filter(None, (network, actor)):
             module.obs_mean.copy_(demos.transitions.obs.mean(0))
             module.obs_std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant dimensions
-    if args.obs_dims:  # the others are divided by infinity
+    if args.obs_dims:  # DEVIATION: the others are divided by infinity
         for module in filter(None, (network, actor)):
             module.obs_std[args.obs_dims :] = np.inf
     # With continuous actions V(s') of a target network without gradient, as the paper has it there.

@@ -279,6 +279,22 @@ def test_the_reward_network_is_the_mean_of_the_implied_reward_over_next_states()
     torch.testing.assert_close(fitted[2:4], r[2:4], atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("way", ["policy", "replay"])
+def test_without_inverse_dynamics_the_reward_network_is_fitted_on_play_alone(way):
+    """The expert's next states follow from actions that nobody knows: state 1 where play has state 0."""
+    torch.manual_seed(0)
+    critic = QNetwork((3,), 2, True, 32)
+    policy = Softmax(critic)
+    batch = Batch(one_hot([0, 1] * 8).float(), torch.tensor([0, 1] * 8), one_hot([0, 2] * 8).float(), torch.zeros(16))
+    replay = iq_ilo.Replay(64, [((3,), torch.float32), ((), torch.int64), ((3,), torch.float32), ((), torch.float32)], "cpu")
+    replay.add(*batch)
+    demos = iq_ilo.Demonstrations(States(batch.obs, one_hot([1, 0] * 8).float(), batch.terminated), batch.obs[:1], np.nan)
+    args = iq_ilo.Args(missing_action=way, gamma=0.9, temperature=0.5, batch_size=64, reward_updates=400)
+    reward = iq_ilo.fit_reward(critic, policy, None, demos, replay, args, SimpleNamespace(signum=0))
+    r = iq_ilo.implied_reward(critic, policy, *batch, 0.9, 0.5).detach()
+    torch.testing.assert_close(reward(batch.obs, batch.action).detach(), r, atol=0.02, rtol=0)
+
+
 def test_state_reward_takes_nothing_but_the_state():
     assert list(inspect.signature(iq_ilo.state_reward).parameters) == ["reward", "policy", "obs", "temperature"]
 

@@ -12,6 +12,7 @@ import sys
 import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -580,6 +581,11 @@ def test_dones_are(meaning, tmp_path, good):
     assert train(iq_discrete, tmp_path, "--dones-are", meaning, demos=path) == 0
 
 
+def test_dones_beside_terminations_need_no_meaning(tmp_path, good):
+    path = write(tmp_path / "demos.npz", edited(D, truncations=None, dones=D["terminations"] | D["truncations"]))
+    same(load(path), load(good))
+
+
 BAD_DONES = {
     "too few": ({"dones": DONES["dones"][:-1]}, r"(dones|terminations|truncations).*\(14,\)", r"\b15\b"),
     "of 2": ({"dones": DONES["dones"] * 2}, "(dones|terminations|truncations)", "true"),
@@ -654,6 +660,19 @@ def test_minari_with_nan(minari_root, tmp_path, capsys):
     data = edited(D, observations=at(D["observations"], (4, 2), np.nan))
     dataset_id = write_minari("cartpole/nan-v0", data, env="CartPole-v1")
     refused_demos(iq_discrete, capsys, tmp_path, dataset_id, "NaN")
+
+
+@pytest.mark.parametrize("actions", [None, {"left": np.zeros(2)}, ()], ids=["no episodes", "dict", "tuple"])
+def test_minari_of_a_kind_that_cannot_be_read(actions, minari_root, tmp_path, capsys, monkeypatch):
+    import minari
+
+    ends = np.array([False, True])
+    episode = SimpleNamespace(observations=np.zeros((3, 4)), actions=actions, terminations=ends, truncations=ends & False,
+                              rewards=np.ones(2))
+    episodes = [] if actions is None else [episode]
+    dataset = SimpleNamespace(iterate_episodes=lambda: iter(episodes), total_episodes=len(episodes), env_spec=None)
+    monkeypatch.setattr(minari, "load_dataset", lambda *_, **__: dataset)
+    refused_demos(iq_discrete, capsys, tmp_path, "cartpole/odd-v0", "no episodes.*plain arrays")
 
 
 def test_minari_is_not_installed(monkeypatch, tmp_path, capsys):
@@ -777,16 +796,18 @@ def test_frames_dones_are(meaning, tmp_path):
 def test_frames_subsampled_and_drawn(tmp_path):
     path = write(tmp_path / "demos.npz", F)
     demos = load_atari(path, subsample_freq=6, num_demos=2, seed=1)
-    assert len(demos.initial_obs) == 2 and demos.frames.shape == (1, ROWS, 84, 84)
-    frames = torch.as_tensor(F["observations"])
+    games = np.split(F["observations"], np.cumsum(LENGTHS + 1)[:-1])
+    assert len(demos.initial_obs) == 2
+    chosen = [next(i for i, game in enumerate(games) if (game[0] == first[-1].numpy()).all()) for first in demos.initial_obs]
+    frames = torch.as_tensor(np.concatenate([games[i] for i in chosen]))
+    assert torch.equal(demos.frames[0], frames), "games that were not drawn are on the device"
     for position, age in zip(demos.position, demos.age):
         stack = iq_atari.stack_frames(demos.frames, 0, position[None], age[None])[0]
         assert torch.equal(stack[3], frames[position]) and torch.equal(stack[4], frames[position + 1])
-    first = torch.as_tensor(np.cumsum(LENGTHS + 1) - LENGTHS - 1)
-    assert set((demos.position - demos.age).tolist()) <= set(first.tolist())
-    for start in set((demos.position - demos.age).tolist()):
+    starts = np.cumsum(LENGTHS[chosen] + 1) - LENGTHS[chosen] - 1
+    assert set((demos.position - demos.age).tolist()) == set(starts.tolist())
+    for start, length in zip(starts, LENGTHS[chosen]):
         times = demos.age[demos.position - demos.age == start].tolist()
-        length = int(LENGTHS[(first == start).numpy()][0])
         assert times == list(range(times[0], length, 6)) and times[0] < min(6, length)
 
 
@@ -937,6 +958,11 @@ BAD_CONTINUOUS_FLAGS = {
     "--env-id WholeActions-v0": ("int64", "real numbers"),
     "--env-id NoRangeActions-v0": (r"Box\(1.0, 1.0", "real numbers"),
     "--env-id ManyActions-v0": ("MultiDiscrete", "bounded Box"),
+    "--env-id HugeActions-v0": (r"3\.4028235e\+38", "bounded"),
+    "--env-id NumberObservations-v0": (r"Box\(-1.0, 1.0, \(\)", "one dimension or more"),
+    "--env-id NeedsMore-v0": ("argument",),
+    "--temperature inf": ("finite",),
+    "--cloning-weight inf": ("finite",),
     "--gamma 1.0": ("at least 0 and below 1",),
     "--temperature -0.1": ("at least 0",),
     "--chi2-alpha 0.0": ("above 0",),
@@ -962,20 +988,22 @@ SPACES = {
     "UnboundedActions-v0": gym.spaces.Box(-np.inf, np.inf, (2,)), "HalfBoundedActions-v0": gym.spaces.Box(0, np.inf, (2,)),
     "TwoAxesActions-v0": gym.spaces.Box(-1, 1, (2, 2)), "WholeActions-v0": gym.spaces.Box(0, 9, (2,), np.int64),
     "NoRangeActions-v0": gym.spaces.Box(1, 1, (2,)), "ManyActions-v0": gym.spaces.MultiDiscrete([2, 3]),
+    "HugeActions-v0": gym.spaces.Box(np.finfo(np.float32).min, np.finfo(np.float32).max, (2,)),
+    "NumberObservations-v0": gym.spaces.Box(-1, 1, (2,)),
 }
 
 
 class Still(gym.Env):
     """An environment that is asked for its spaces alone."""
 
-    observation_space = gym.spaces.Box(-1, 1, (3,))
-
-    def __init__(self, action_space, render_mode=None):
-        self.action_space = action_space
+    def __init__(self, action_space, obs_shape=(3,), render_mode=None):
+        self.action_space, self.observation_space = action_space, gym.spaces.Box(-1, 1, obs_shape)
 
 
 for name, space in SPACES.items():
-    gym.register(name, entry_point=Still, kwargs={"action_space": space})
+    shape = () if name == "NumberObservations-v0" else (3,)
+    gym.register(name, entry_point=Still, kwargs={"action_space": space, "obs_shape": shape})
+gym.register("NeedsMore-v0", entry_point=Still)
 
 
 @pytest.mark.parametrize("flags", BAD_CONTINUOUS_FLAGS)
@@ -1027,6 +1055,21 @@ def test_resume_continues(run_dir, capsys):
 def test_resume_keeps_the_settings(flags, old, run_dir, tmp_path, capsys):
     flag, value = flags.split()
     refused_resume(capsys, tmp_path, run_dir, flag, re.escape(value), old, flags=[flag, value])
+
+
+def test_resume_takes_the_first_commands_flags(runs, run_dir, tmp_path, capsys):
+    """`--out-dir` and `--run-name` may name the same place in other words; another place is refused."""
+    where = ["--out-dir", str(run_dir.parent / "x" / ".."), "--run-name", run_dir.name]
+    (run_dir.parent / "x").mkdir()
+    assert iq_discrete.main(["--resume", str(run_dir), *where, "--total-timesteps", "9"]) == 0
+    refused_resume(capsys, tmp_path, run_dir, "--run-name", "other", flags=["--run-name", "other"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "semicolons"])
+def test_resume_with_a_damaged_csv(damage, run_dir, tmp_path, capsys):
+    path = run_dir / "metrics.csv"
+    path.write_text(path.read_text() + "4" if damage == "cut" else path.read_text().replace(",", ";"))
+    refused_resume(capsys, tmp_path, run_dir, r"metrics\.csv cannot be read", flags=["--total-timesteps", "9"])
 
 
 ANOTHER = [(iq_discrete, "Pong"), (iq_atari, "CartPole"), (iq_continuous, "CartPole"), (iq_discrete, "Pendulum")]

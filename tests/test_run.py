@@ -655,8 +655,12 @@ def test_weights_and_biases_without_a_login_is_bad_input(command, tmp_path, caps
     assert iq_discrete.main(command("iq_discrete", "--track")) == 2
     assert "--track: no API key" in capsys.readouterr().err and not (tmp_path / "run").exists()
     assert iq_discrete.main(command("iq_discrete")) == 0
-    assert iq_discrete.main(["--resume", str(tmp_path / "run"), "--track"]) == 2
-    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    settings = (tmp_path / "run" / "args.json").read_bytes()
+    assert iq_discrete.main(["--resume", str(tmp_path / "run"), "--track", "--total-timesteps", "400"]) == 2
+    assert (tmp_path / "run" / "checkpoint.pt").exists() and (tmp_path / "run" / "args.json").read_bytes() == settings
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    assert iq_discrete.main(command("iq_discrete", "--track", "--run-name", "no")) == 2
+    assert "pip install wandb" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("script, random", [("iq_discrete", 23.0), ("iq_continuous", -1199.9)])
@@ -678,6 +682,8 @@ def test_evaluation_refuses_switches_that_are_not_the_model_s(command, tmp_path,
 def test_cloning_saves_the_temperature_of_its_own_policy(command, tmp_path):
     assert iq_discrete.main(command("iq_discrete", "--objective", "bc", "--eval-every", "0")) == 0
     assert iq_discrete.load_model(str(tmp_path / "run" / "model.pt"))[1]["temperature"] == 1.0
+    own = ["--resume", str(tmp_path / "run"), "--objective", "bc", "--temperature", "1.0"]  # CartPole's setting, as stored
+    assert iq_discrete.main([*own, "--total-timesteps", "400"]) == 0
 
 
 def test_a_longer_run_that_is_resumed_does_not_warm_up_again(command, tmp_path):
@@ -686,6 +692,76 @@ def test_a_longer_run_that_is_resumed_does_not_warm_up_again(command, tmp_path):
     assert int(rows(tmp_path / "run")[-1]["updates"]) == 270
     assert iq_continuous.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "400"]) == 0
     assert int(rows(tmp_path / "run")[-1]["updates"]) == 370
+
+
+def test_a_resumed_run_that_is_made_shorter_keeps_its_warm_up(command, tmp_path):
+    assert iq_continuous.main(command("iq_continuous", "--learning-starts", "30", "--eval-every", "0")) == 0
+    assert iq_continuous.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "310"]) == 0
+    assert int(rows(tmp_path / "run")[-1]["updates"]) == 280
+
+
+def test_a_cloned_run_is_resumed_and_made_longer(command, tmp_path):
+    cloned = ["--total-timesteps", "0", "--pretrain-updates", "20", "--eval-every", "0"]
+    assert iq_continuous.main(command("iq_continuous", *cloned)) == 0
+    assert iq_continuous.main(["--resume", str(tmp_path / "run")]) == 0
+    assert iq_continuous.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "60"]) == 0
+    assert int(rows(tmp_path / "run")[-1]["updates"]) == 60, "20 cloning, and from step 20 one a step"
+    assert iq_continuous.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "0"]) == 0
+
+
+def test_games_learned_from_demonstrations_are_played_on(command, tmp_path):
+    assert iq_atari.main(command("iq_atari", "--total-timesteps", "0")) == 0
+    assert iq_atari.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "64"]) == 0
+    assert int(rows(tmp_path / "run")[-1]["step"]) == 64
+
+
+@pytest.mark.parametrize("script", ["iq_discrete", "iq_continuous"])
+def test_rows_after_the_checkpoint_are_dropped_where_they_had_no_update(script, command, tmp_path):
+    module, save = MODULES[script], MODULES[script].Run.save
+    few = ["--updates-per-step", "0.001", "--eval-every", "50", "--checkpoint-every", "100", "--total-timesteps", "190"]
+
+    def killed(self):
+        if self.step > 100:
+            raise KeyboardInterrupt
+        save(self)
+
+    module.Run.save = killed
+    try:
+        assert module.main(command(script, *few)) == 130
+    finally:
+        module.Run.save = save
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["50", "100", "150", "190"]
+    assert module.main(["--resume", str(tmp_path / "run"), "--eval-every", "170"]) == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["50", "100", "170", "190"]
+
+
+class Plain(gym.Env):
+    """GridWorld by another author, who draws nothing: its constructor takes no argument at all."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (4,)), gym.spaces.Discrete(2)
+
+    def __init__(self):
+        pass
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(4, np.float32), 0.0, False, False, {}
+
+
+gym.register("other/GridWorld-v0", entry_point=Plain, max_episode_steps=5)
+
+
+@pytest.mark.parametrize("script", ["iq_discrete", "iq_ilo", "iq_offline"])
+def test_an_environment_whose_constructor_takes_nothing(script, tmp_path):
+    with np.load(ROOT / "demos" / "CartPole-v1.npz") as file:
+        np.savez(tmp_path / "demos.npz", **{name: file[name] for name in file.files if name != "env_id"}, env_id="unknown")
+    length = ["--total-updates", "9"] if script == "iq_offline" else ["--total-timesteps", "30"]
+    assert importlib.import_module(script).main([
+        "--env-id", "other/GridWorld-v0", "--demos", str(tmp_path / "demos.npz"), *length, "--eval-episodes", "2",
+        "--out-dir", str(tmp_path), "--run-name", "run"]) == 0
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
