@@ -132,6 +132,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
+    if args.evaluate:  # the environment is the model's own
+        return tyro.cli(Args, args=argv, default=replace(Args(), env_id=""))
     if not args.resume:
         return tyro.cli(Args, args=argv, default=replace(Args(), **SETTINGS.get(env_name(args.env_id), {})))
     run_dir = Path(args.resume)
@@ -953,7 +955,7 @@ def play(args: Args) -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     network, saved = load_model(args.evaluate, device)
     network.autocast = saved["args"]["bfloat16"] and has_bfloat16(device)  # as in training
-    check(args.env_id in (Args().env_id, saved["env_id"]),
+    check(args.env_id in ("", saved["env_id"]),
           f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
     args = replace(args, env_id=saved["env_id"])
     validate(args)

@@ -151,6 +151,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
+    if args.evaluate:  # the environment is the model's own
+        return tyro.cli(Args, args=argv, default=replace(Args(), env_id=""))
     if not args.resume:
         settings = dict(SETTINGS.get(env_name(args.env_id), {}))
         if args.divergence != "chi2":  # there χ² is added only where --chi2-alpha asks for it
@@ -1040,7 +1042,7 @@ def play(args: Args) -> None:
     """Evaluate a saved model in the environment that it was trained in, and print the final line."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     network, saved = load_model(args.evaluate, device)
-    check(args.env_id in (Args().env_id, saved["env_id"]),
+    check(args.env_id in ("", saved["env_id"]),
           f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
     for name in ("grid_size", *GRID_SWITCHES):
         own, given = saved["args"][name], getattr(args, name)

@@ -1162,11 +1162,13 @@ def test_evaluate_a_model_of_another_script(module, name, runs, tmp_path, capsys
     refused(module, capsys, tmp_path, ["--evaluate", path], path, OWNER[name].SCRIPT)
 
 
-def test_evaluate_a_model_of_another_environment(runs, tmp_path, capsys):
+@pytest.mark.parametrize("module, name, given", [
+    (iq_discrete, "CartPole", "Acrobot-v1"), (iq_discrete, "Acrobot", "CartPole-v1"),  # the second is the default
+    (iq_continuous, "Pendulum", "Hopper-v5"), (iq_continuous, "Pendulum", "HalfCheetah-v5")])
+def test_evaluate_a_model_of_another_environment(module, name, given, runs, tmp_path, capsys):
     """`--env-id` says one thing and the model another."""
-    path = Path(shutil.copy(runs["CartPole"] / "model.pt", tmp_path))
-    argv = ["--evaluate", path, "--env-id", "Acrobot-v1", "--eval-episodes", "1"]
-    refused(iq_discrete, capsys, tmp_path, argv, path, "CartPole-v1", "Acrobot-v1")
+    path = Path(shutil.copy(runs[name] / "model.pt", tmp_path))
+    refused(module, capsys, tmp_path, ["--evaluate", path, "--env-id", given, "--eval-episodes", "1"], path, name, given)
 
 
 @pytest.mark.parametrize("kind", ["missing", "cut-off", "text", "payload", "list", "checkpoint"])
@@ -1181,12 +1183,6 @@ def test_evaluate_what_is_no_actor_and_critic(kind, runs, tmp_path, capsys):
         path.write_bytes(raw[: len(raw) // 2] if kind == "cut-off" else b"a model")
     refused(iq_continuous, capsys, tmp_path, ["--evaluate", path], path)
     assert not marker.exists()
-
-
-def test_evaluate_an_actor_of_another_environment(runs, tmp_path, capsys):
-    path = Path(shutil.copy(runs["Pendulum"] / "model.pt", tmp_path))
-    argv = ["--evaluate", path, "--env-id", "Hopper-v5", "--eval-episodes", "1"]
-    refused(iq_continuous, capsys, tmp_path, argv, path, "Pendulum-v1", "Hopper-v5")
 
 
 # ------------------------------------------------------------------------------------- as users run them
