@@ -2,8 +2,8 @@
 
     python reproduce/discrete.py
 
-Writes discrete.csv, a row for each run, and discrete.md, the table. No seed was tuned on:
-NOTES.md says what had been read before those of CartPole and LunarLander, 111 to 115, took the place of 101 to 105.
+Writes discrete.csv, a row for each run, and discrete.md, the table. No seed was tuned on: NOTES.md says what had been read
+on 101 to 105 before those of CartPole and LunarLander, 111 to 115, took their place.
 """
 import sys
 from pathlib import Path
