@@ -7,6 +7,7 @@ its rank correlation with the negative length of the shortest way to the goal, o
 of an ordinary soft actor-critic (stable_baselines3) that is trained on this reward alone, in the same maze and with the
 barrier moved to the other side. Writes figure5_maze.csv, .md and .png; a second call goes on where the csv stops.
 """
+import shlex
 import sys
 from pathlib import Path
 
@@ -100,18 +101,20 @@ def table(rows: list[dict]) -> str:
     names = {
         "rank_correlation": "rank correlation with −shortest way to the goal, 2,500 states at rest",
         "rank_correlation_straight": "the same with −straight distance",
-        "expert": "return of the demonstrations", "random": "return of random actions",
+        "expert": "return of the demonstrations, from their own starts", "random": "return of random actions",
         "imitation": "return of the imitation policy", "imitation_moved": "its return, barrier moved",
         "sac_same": "return of SAC on the recovered reward alone", "sac_moved": "the same, barrier moved",
         "sac_true_same": "return of SAC on the true reward", "sac_true_moved": "the same, barrier moved",
     }
-    lines = [f"| PointMaze-v0, random starts, {len(rows)} seed{'s' * (len(rows) != 1)} | mean ± sd |", "|---|---|"]
+    steps = ", ".join(sorted({r["sac_steps"] for r in rows}))
+    lines = [f"| PointMaze-v0, random starts, {len(rows)} seed{'s' * (len(rows) != 1)}, SAC {steps} steps | mean ± sd |",
+             "|---|---|"]
     measured = [name for name in names if rows and all(r.get(name) for r in rows)]
     lines += [f"| {names[name]} | {mean_sd(rows, name, 2)} |" for name in measured]
     return "\n".join(lines) + "\n"
 
 
-def main(seeds: tuple[int, ...] = (101, 102, 103), sac_steps: int = 8_000, flags: str = ""):
+def main(seeds: tuple[int, ...] = (101, 102, 103), sac_steps: int = 5_000, flags: str = ""):
     """Run the seeds that the csv does not hold; `flags` go to iq_ilo.py, `sac_steps` 0 leaves soft actor-critic out."""
     from scipy.stats import spearmanr
 
@@ -119,7 +122,7 @@ def main(seeds: tuple[int, ...] = (101, 102, 103), sac_steps: int = 8_000, flags
     rows = read_rows(path)
     for seed in seeds:
         run_dir = ROOT / "runs" / f"figure5_{seed}"
-        if any(r["seed"] == str(seed) and (r.get("sac_same") or not sac_steps) for r in rows):
+        if any(r["seed"] == str(seed) and (r["sac_steps"] == str(sac_steps) or not sac_steps) for r in rows):
             continue
         command = f"iq_ilo.py {TRAIN} --seed {seed} {flags}".strip()
         if not (run_dir / "model.pt").exists():
@@ -144,8 +147,10 @@ def main(seeds: tuple[int, ...] = (101, 102, 103), sac_steps: int = 8_000, flags
                 for learned, kind in ((True, "sac"), (False, "sac_true")):
                     row[f"{kind}_{name}"] = sac_return(model, reward, barrier, seed, sac_steps, learned)
                     print(f"{kind}_{name}: {row[f'{kind}_{name}']:.2f}", flush=True)
-        rows = [r for r in rows if r["seed"] != str(seed)]  # one without soft actor-critic is replaced
-        rows.append(row | {"sac_steps": sac_steps, "commit": code_commit(), "command": f"python {command}"})
+        rows = [r for r in rows if r["seed"] != str(seed)]  # one with other steps of soft actor-critic is replaced
+        rows.append(row | {"sac_steps": sac_steps, "commit": code_commit(),
+                           "command": f"python reproduce/figure5_maze.py --seeds {seed} --sac-steps {sac_steps}"
+                           + f" --flags={shlex.quote(flags)}" * bool(flags)})
         write_rows(path, rows)
         rows = read_rows(path)
         draw(model, reward, FOLDER / "figure5_maze.png")

@@ -9,6 +9,7 @@ import resource
 import sys
 import tempfile
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -84,13 +85,17 @@ def loop_seconds(module, args, envs) -> float:
         module.make_update = make_update
 
 
-def bare_seconds(network, obs: torch.Tensor, rate: float, updates: int) -> float:
-    """Seconds for forward, backward and Adam on `obs` and as many next observations, in place."""
+def bare_seconds(network, obs: torch.Tensor, rate: float, updates: int, target=None) -> float:
+    """Seconds for forward, backward and Adam on `obs` and as many next observations, in place; with a target network those
+    pass through it alone, without gradient."""
     optimizer = torch.optim.Adam(network.parameters(), lr=rate, fused=True)
-    both = torch.cat([obs, obs])
+    both = torch.cat([obs, obs]) if target is None else obs
     for i in range(updates + updates // 10):
         if i == updates // 10:
             start = time.perf_counter()
+        if target is not None:
+            with torch.no_grad():
+                target(obs)
         loss = network(both).square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -144,14 +149,15 @@ def bare_observations_seconds(args: iq_ilo.Args, obs_size: int, num_actions: int
 
 def cases():
     """name, script, settings, observation shape, batch rows of one update, updates in a round."""
-    cartpole = iq_discrete.Args(eval_every=0, checkpoint_every=0, save_model=False, num_demos=10, total_timesteps=3000)
+    cartpole = iq_discrete.Args(checkpoint_every=0, save_model=False,
+                                **iq_discrete.SETTINGS["CartPole"] | {"eval_every": 0, "total_timesteps": 3000})
     yield "CartPole, online", iq_discrete, cartpole, (4,), 2 * cartpole.batch_size, 3000
     for name, change in (("HalfCheetah, 128 + 128 rows", {}),
                          ("HalfCheetah, 256 + 256 rows, 500,000 stored", {"batch_size": 256, "buffer_size": 500_000})):
         cheetah = iq_continuous.Args(eval_every=0, checkpoint_every=0, save_model=False, total_timesteps=500, **change)
         yield name, iq_continuous, cheetah, (17,), None, 300
     offline = iq_offline.Args(env_id="CartPole-v1", eval_every=0, checkpoint_every=0, save_model=False, total_updates=3000)
-    yield "CartPole, offline", iq_offline, offline, (4,), offline.batch_size, 3000
+    yield "CartPole, offline, two layers of 64", iq_offline, offline, (4,), offline.batch_size, 3000
     states = iq_ilo.Args(checkpoint_every=0, save_model=False,
                          **iq_ilo.SETTINGS["CartPole"] | {"eval_every": 0, "total_timesteps": 3500})
     yield "CartPole, observations only", iq_ilo, states, (4,), None, 3000
@@ -200,7 +206,8 @@ def main():
                 if module is iq_atari:
                     network.autocast = args.bfloat16 and iq_atari.has_bfloat16(torch.device("cpu"))
                 obs = torch.randint(0, 255, (batch, *shape)).byte() if module is iq_atari else torch.rand(batch, *shape)
-                bare.append(bare_seconds(network, obs, args.learning_rate, updates))
+                target = deepcopy(network) if getattr(args, "target_rate", 0) else None
+                bare.append(bare_seconds(network, obs, args.learning_rate, updates, target))
             loop.append(loop_seconds(module, args, StubEnvs(getattr(args, "num_envs", 1), shape, dtype, actions)))
         module.make_envs, module.Replay = make_envs, replay
         bare, loop = np.median(bare), np.median(loop)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+import iq_atari
 import iq_discrete
 
 
@@ -121,3 +122,62 @@ def test_the_stored_next_observation_is_the_true_last_one(tmp_path, monkeypatch,
     assert len(obs) == 30
     assert (next_obs[:, 0] == obs[:, 0]).all() and (next_obs[:, 1] == obs[:, 1] + 1).all()
     assert (terminated == (next_obs[:, 1] == 3) * (ending == "terminated")).all()
+    initial, ends = replays[1], num_envs * (30 // num_envs // 3)
+    assert initial.written == 1 + num_envs + ends and (initial.storage[0][: initial.written, 1] == 0).all()
+
+
+class Games:
+    """Two games side by side as frames of 100·game + 10·episode + time; three steps, the end by turns a termination and a
+    truncation. What the emulator gives at an end is the next episode's first stack, and the last one in `final_obs`."""
+
+    single_action_space = gym.spaces.Discrete(6)
+
+    def stacks(self):
+        return np.stack([np.full((4, 84, 84), 100 * game + 10 * self.episode + self.time, np.uint8) for game in range(2)])
+
+    def reset(self, seed=None):
+        self.episode = self.time = 0
+        return self.stacks(), {}
+
+    def step(self, action):
+        self.time += 1
+        done = np.full(2, self.time == 3)
+        last, info, terminated = self.stacks(), {}, done & (self.episode % 2 == 0)
+        if self.time == 3:
+            info["final_obs"] = last
+            self.episode, self.time = self.episode + 1, 0
+        return self.stacks(), np.full(2, np.nan), terminated, done & ~terminated, info
+
+    def close(self):
+        pass
+
+
+def test_what_the_games_played_leave_in_the_replay(tmp_path, monkeypatch):
+    """As above for iq_atari.py; and expert rows come first in a batch, and initial states are those that episodes start
+    from."""
+    np.savez(tmp_path / "demos.npz", observations=np.full((5, 84, 84), 255, np.uint8), actions=np.zeros(4, np.int64),
+             terminations=np.zeros(4, bool), truncations=np.zeros(4, bool), episode_lengths=np.array([4]),
+             env_id=np.array("PongNoFrameskip-v4"))
+    batches, make_update = [], iq_atari.make_update
+    monkeypatch.setattr(iq_atari, "make_envs", lambda *_: Games())
+
+    def noting(*parts):
+        update = make_update(*parts)
+        return lambda batch, initial: (batches.append((batch, initial)), update(batch, initial))[1]
+
+    monkeypatch.setattr(iq_atari, "make_update", noting)
+    iq_atari.train(iq_atari.Args(demos=str(tmp_path / "demos.npz"), num_demos=1, batch_size=16, num_envs=2, eval_every=0,
+                                 pretrain_updates=0, total_timesteps=36, updates_per_step=0.5, value_loss="value",
+                                 chi2_rows="both", buffer_size=200, out_dir=str(tmp_path)))
+    seen = set()
+    for batch, initial in batches:
+        assert (batch.obs[:16, 3] == 255).all() and len(batch.obs) == 32
+        obs, next_obs = batch.obs[16:, 3, 0, 0].int(), batch.next_obs[16:, 3, 0, 0].int()
+        assert (next_obs == obs + 1).all() and (obs % 10 < 3).all()
+        ends = (next_obs % 10 == 3) & (next_obs // 10 % 2 == 0)
+        assert (batch.terminated[16:] == ends).all()
+        seen |= set(next_obs.tolist())
+        starts = initial[:, 3, 0, 0]
+        assert ((starts == 255) | (starts % 10 == 0)).all()
+    assert {3, 13, 103, 113} <= seen
+    assert set(batches[-1][1][:, 3, 0, 0].tolist()) >= {255, 0, 100, 10, 110, 40, 140}

