@@ -3,7 +3,8 @@
     python reproduce/table3_mujoco.py
 
 Writes table3_mujoco.csv, a row for each run, table3_mujoco_curves.csv, table3_mujoco.md and table3_mujoco.png. The score
-is the last one, never the best. Seeds from 101 were not tuned on; a second call goes on where the csv stops.
+is the last one, never the best. Seeds from 101 were not tuned on, but NOTES.md says of which tasks settings were changed
+after some of them had been read. A second call goes on where the csv stops.
 """
 from pathlib import Path
 
