@@ -3,8 +3,7 @@
     python reproduce/figure2_offline.py
 
 Writes figure2_offline.csv, a row for each run, figure2_offline.md, the table, and figure2_offline.png. A second call
-goes on where the first was stopped. Seeds 111 to 115 were not tuned on; NOTES.md
-says what had been read on 101 to 105.
+goes on where the first was stopped. Seeds 111 to 115 were not tuned on; NOTES.md says what had been read on 101 to 105.
 """
 from pathlib import Path
 
