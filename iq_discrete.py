@@ -16,7 +16,7 @@ never read in training.
 
     python iq_discrete.py --env-id CartPole-v1 --num-demos 10 --subsample-freq 20
 
-scores 494.3 ± 11.5 over seeds 101 to 105 after 10,000 steps, less than a minute on one core; the README has the other tasks.
+scores 490.0 ± 19.9 over seeds 111 to 115 after 10,000 steps, less than a minute on one core; the README has the other tasks.
 
 Departures from the paper are marked DEVIATION where they act. This is the first of the five scripts:
 `diff iq_discrete.py iq_atari.py` shows what pixels need.
@@ -59,7 +59,7 @@ SETTINGS: dict[str, dict] = {
                  "average_rate": 0.0005, "total_timesteps": 10_000},
     "Acrobot": {"temperature": 0.1, "total_timesteps": 10_000},
     # So here, without a target, and on expert rows alone, so play is not read: this is iq_offline.py's loss. With play in it
-    # (`--value-loss value --chi2-rows both`) −150 instead of 108 from one trajectory, and 265 instead of 274 from ten.
+    # (`--value-loss value --chi2-rows both`) −151 instead of 108 from one trajectory, and 265 instead of 274 from ten.
     "LunarLander": {"temperature": 1.0, "chi2_alpha": 50.0, "value_loss": "value_expert", "chi2_rows": "expert",
                     "hidden_size": 256, "learning_rate": 3e-4, "average_rate": 0.0005},
     "GridWorld": {"total_timesteps": 5_000},

@@ -117,7 +117,7 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
         f"CartPole ({mean('discrete', method='bc', **cartpole):.0f} to {mean('discrete', method='iq', **cartpole):.0f})",
         f"LunarLander ({mean('discrete', task='LunarLander', method='bc', **one):.0f} to "
         f"{mean('discrete', task='LunarLander', method='iq', **one):.0f}; "
-        f"{mean('discrete', task='LunarLander, play in the loss', **one):.0f} with",
+        f"{mean('discrete', task='LunarLander, play in the loss', **one):.0f} with".replace("-", "−"),
         f"`--preset paper`: {mean('table3_mujoco', task='HalfCheetah-v5', method=paper):.0f} on HalfCheetah, "
         f"{mean('table3_mujoco', task='Hopper-v5', method=paper):.0f} on Hopper",
         f"they score {mean(method='iq', **curve):.1f}, clones {mean(method='bc', **curve):.1f}",
