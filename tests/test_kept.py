@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_run import pendulum_demos
+from test_run import frame_demos, pendulum_demos
 
 ROOT = Path(__file__).parent.parent
 FRAMES = "--num-demos 2 --batch-size 4 --buffer-size 200 --num-envs 2 --updates-per-step 0.1"
@@ -39,13 +39,10 @@ OPTIMIZERS = {"discrete": ["optimizer"], "atari": ["optimizer"], "continuous": [
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory):
     """Files for Atari and for Pendulum; what they show does not matter here."""
-    folder, rng = tmp_path_factory.mktemp("demos"), np.random.default_rng(0)
-    np.savez(folder / "pong.npz", observations=rng.integers(0, 255, (42, 84, 84), np.uint8), actions=rng.integers(0, 6, 40),
-             terminations=np.arange(40) % 20 == 19, truncations=np.zeros(40, bool), episode_lengths=np.array([20, 20]),
-             env_id=np.array("PongNoFrameskip-v4"))
+    folder = tmp_path_factory.mktemp("demos")
     pendulum = ["--env-id", "Pendulum-v1", "--demos", str(pendulum_demos(folder / "pendulum.npz"))]
     own = dict.fromkeys(("continuous", "offline, continuous", "ilo, continuous"), pendulum)
-    return own | {"atari": ["--demos", str(folder / "pong.npz")]}
+    return own | {"atari": ["--demos", str(frame_demos(folder / "pong.npz"))]}
 
 
 @pytest.fixture

@@ -31,14 +31,18 @@ FINAL = re.compile(r"final eval_return=(\S+) std=(\S+) episodes=(\d+) expert=(\S
                    r"steps=(\d+) updates=(\d+) seconds=(\S+) run_dir=(\S+)")
 
 
-@pytest.fixture(scope="session")
-def frames(tmp_path_factory):
+def frame_demos(path: Path) -> Path:
     """Demonstrations of Pong as frames, of noise: what they show does not matter here."""
-    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("frames") / "pong.npz"
+    rng = np.random.default_rng(0)
     np.savez(path, observations=rng.integers(0, 255, (42, 84, 84), np.uint8), actions=rng.integers(0, 6, 40),
              terminations=np.arange(40) % 20 == 19, truncations=np.zeros(40, bool), episode_lengths=np.array([20, 20]),
              env_id=np.array("PongNoFrameskip-v4"))
     return path
+
+
+@pytest.fixture(scope="session")
+def frames(tmp_path_factory):
+    return frame_demos(tmp_path_factory.mktemp("frames") / "pong.npz")
 
 
 def pendulum_demos(path: Path, episodes: int = 2, length: int = 50) -> Path:
