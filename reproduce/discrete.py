@@ -2,8 +2,8 @@
 
     python reproduce/discrete.py
 
-Writes discrete.csv, a row for each run, and discrete.md, the table. No seed was tuned on: NOTES.md says what had been read
-on 101 to 105 before those of CartPole and LunarLander, 111 to 115, took their place.
+Writes discrete.csv, a row for each run, and discrete.md, the table. No seed was a tuning seed, but
+LunarLander's setting was chosen with both of its rows at hand; NOTES.md has what was read before on 101 to 105.
 """
 import sys
 from pathlib import Path
