@@ -57,7 +57,7 @@ RANDOM_RETURN = {"Hopper": 15.4, "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": 
                  "Pendulum": -1199.9, "InvertedPendulum": 4.4}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
-    "HalfCheetah": {"anneal_lr": 0.5, "total_timesteps": 30_000},
+    "HalfCheetah": {"anneal_lr": 0.5, "restart_rate": 0.005, "total_timesteps": 30_000},
     "Hopper": {"gamma": 0.97, "temperature": 0.1, "total_timesteps": 40_000},
     "Walker2d": {"pretrain_updates": 5_000, "cloning_weight": 0.05,  # cloning fades by 50,000
                  "anneal_lr": 0.5, "total_timesteps": 120_000},
