@@ -19,7 +19,7 @@ def test_cartpole_from_ten_trajectories(tmp_path, capsys):
     assert score >= 350
 
 
-@pytest.mark.parametrize("form", ["value", "value_expert"])
+@pytest.mark.parametrize("form", ["value", "value_expert", "v0_expert"])
 def test_cartpole_from_an_expert_that_never_moves_but_left(form, left_only, tmp_path, capsys):
     """The control: a reward that merely says «survive» would score 500 here too."""
     score = final_return(capsys, "--demos", left_only, "--seed", "3", "--total-timesteps", "6000", "--value-loss", form,
