@@ -11,8 +11,8 @@ OFFLINE, CONTINUOUS, ILO = "`python iq_offline.py", "`python iq_continuous.py", 
 # setting, csv file, what its IQ-Learn rows have, what its cloning rows have, the paper's number (its expert), command
 ENTRIES = [
     ("Pong, 20 games", "pong", {"method": "iq"}, {"method": "bc"}, "12 to 15 (21)", f"{ATARI}`"),
-    ("CartPole, 10 trajectories, 1 in 20", "discrete", {"task": "CartPole, 1 in 20", "demos": "10", "method": "iq"},
-     {"method": "bc"}, "500 (500)", f"{DISCRETE} --subsample-freq 20`"),
+    ("CartPole, 1 trajectory, 1 in 20", "discrete", {"task": "CartPole, 1 in 20", "demos": "1", "method": "iq"},
+     {"method": "bc"}, "500 (500)", f"{DISCRETE} --num-demos 1 --subsample-freq 20`"),
     ("Acrobot, 10", "discrete", {"task": "Acrobot", "demos": "10", "method": "iq"}, {"method": "bc"}, "−75 (−75)",
      f"{DISCRETE} --env-id Acrobot-v1`"),
     ("LunarLander, 10", "discrete", {"task": "LunarLander", "demos": "10", "method": "iq"}, {"method": "bc"}, "283 (278)",

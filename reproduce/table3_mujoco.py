@@ -16,7 +16,7 @@ FOLDER = Path(__file__).resolve().parent
 CURVES = FOLDER / "table3_mujoco_curves.csv"
 TASKS = {"HalfCheetah-v5": (5, 30_000), "Hopper-v5": (5, 40_000), "Ant-v5": (5, 50_000), "Walker2d-v5": (3, 120_000),
          "Humanoid-v5": (1, 150_000)}
-FIRST_SEED = {"HalfCheetah-v5": 106, "Ant-v5": 106, "Humanoid-v5": 103}  # `iq` and `bc`; else 101: earlier ones led to settings
+FIRST_SEED = {"HalfCheetah-v5": 106, "Ant-v5": 106, "Humanoid-v5": 103}  # `iq`, `bc`; else 101: earlier ones led to settings
 METHODS = {  # flags, tasks
     "iq": ("iq_continuous.py", tuple(TASKS)),
     "bc": ("iq_offline.py --objective bc --total-updates 10000", tuple(TASKS)),

@@ -13,10 +13,10 @@ def final_return(capsys, *flags, module=iq_discrete) -> float:
 
 
 def test_cartpole_from_ten_trajectories(tmp_path, capsys):
-    """Random actions give 23; seeds 1 to 5 gave 500, 500, 386, 500 and 500."""
+    """Random actions give 23; seeds 1 to 5 gave 500 each."""
     score = final_return(capsys, "--num-demos", "10", "--seed", "1", "--total-timesteps", "4000", "--eval-every", "4000",
                          "--out-dir", str(tmp_path))
-    assert score >= 350
+    assert score >= 400
 
 
 @pytest.mark.parametrize("form", ["value", "value_expert", "v0_expert"])

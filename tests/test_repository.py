@@ -111,10 +111,8 @@ def mean(name: str, column: str = "eval_return", **labels: str) -> float:
 
 def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
     one, offline, paper = {"demos": "1"}, {"demos": "10"}, "iq, published settings"
-    cartpole = {"task": "CartPole, 1 in 20"} | one
     curve = {"name": "pong_curves", "column": "eval_return_mean", "updates": "4000"}
     sentences = [
-        f"CartPole ({mean('discrete', method='bc', **cartpole):.0f} to {mean('discrete', method='iq', **cartpole):.0f})",
         f"LunarLander ({mean('discrete', task='LunarLander', method='bc', **one):.0f} to "
         f"{mean('discrete', task='LunarLander', method='iq', **one):.0f}; "
         f"{mean('discrete', task='LunarLander, play in the loss', **one):.0f} with".replace("-", "−"),
