@@ -16,10 +16,10 @@ over demonstrations and the agent's own play. The environment's reward is never 
 
     python iq_continuous.py --env-id Hopper-v5
 
-scores 3203 ± 7 of an expert's 3205 over seeds 101 to 105, from one trajectory and 40,000 steps, 7 minutes of one core;
-HalfCheetah-v5 5457 ± 245 of 5713 after 30,000 (cloning alone: 2361 ± 1073 and 5324 ± 330); Walker2d-v5 4685 ± 18 of 4718
-after 120,000 (101 to 103; cloning 1056 ± 748); Humanoid-v5 4894 of 5345 after 150,000 (103 alone; cloning 518): it fails in
-some starts. Not solved yet: Ant-v5 4213 ± 486 of 5034 (cloning 2583 ± 332).
+scores 3203 ± 7 of an expert's 3205 over seeds 101 to 105, from one trajectory and 40,000 steps, 7 minutes of one core
+(cloning alone: 2361 ± 1073); HalfCheetah-v5 5583 ± 17 of 5632 after 30,000 (106 to 110; cloning 5537 ± 19); Walker2d-v5
+4685 ± 18 of 4718 after 120,000 (101 to 103; cloning 1056 ± 748); Humanoid-v5 4894 of 5345 after 150,000 (103 alone; cloning
+518): it fails in some starts. Not solved yet: Ant-v5 4213 ± 486 of 5034 (cloning 2583 ± 332).
 
 Departures from the paper are marked DEVIATION where they act; `--preset paper` turns off those that can be.
 `diff iq_discrete.py iq_continuous.py` shows what an actor needs.
@@ -62,7 +62,7 @@ SETTINGS: dict[str, dict] = {
     "Walker2d": {"pretrain_updates": 5_000, "cloning_weight": 0.05,  # cloning fades by 50,000
                  "anneal_lr": 0.5, "total_timesteps": 120_000},
     "Ant": {"obs_dims": 27,  # without the contact forces: 3,498 instead of 127 at 20,000 steps (seed 1, an older expert)
-            "pretrain_updates": 5_000, "cloning_weight": 0.05, "restart_rate": 0.005},
+            "pretrain_updates": 5_000, "cloning_weight": 0.05, "anneal_lr": 0.5, "restart_rate": 0.005},
     "Humanoid": {"obs_dims": 45,  # positions and velocities, which are what its expert saw
                  "pretrain_updates": 5_000, "cloning_weight": 0.05, "anneal_lr": 0.33, "restart_rate": 0.005,
                  "total_timesteps": 150_000},

@@ -629,6 +629,15 @@ def test_chi2_of_an_environment_s_settings_is_not_added_to_another_distance(scri
     assert parse([*lander, "--divergence", "kl", "--chi2-alpha", "2"]).chi2_alpha == 2
 
 
+def test_the_form_of_an_environment_s_settings_goes_with_chi2():
+    import iq_discrete
+
+    own, other = iq_discrete.parse_args([]), iq_discrete.parse_args(["--divergence", "js"])
+    assert (own.value_loss, own.absorbing) == ("v0_expert", True)
+    assert (other.value_loss, other.absorbing) == ("value", False) and other.temperature == own.temperature
+    assert iq_discrete.parse_args(["--divergence", "js", "--value-loss", "v0"]).value_loss == "v0"
+
+
 @pytest.mark.parametrize("script, env_id, words", [("iq_discrete", "LunarLander-v3", "(default: 50.0)"),
                                                    ("iq_continuous", "Hopper-v5", "(default: 0.97)"),
                                                    ("iq_offline", "LunarLander-v3", "(default: 50.0)"),
