@@ -95,7 +95,7 @@ class Args:
     chi2_alpha: float | None = None  # χ² strength [α] (default: 0.5 with chi2, else no χ² term)
     chi2_rows: Literal["expert", "both"] = "both"  # rows whose r² is penalised
     value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "value"  # form of the second term
-    absorbing: bool = False  # v0 forms with χ²: where the expert's episode ended by itself, its reward goes on
+    absorbing: bool = False  # v0 forms, χ² on both: V after an episode's own end is 0 only where the expert's never end
     gradient_penalty: float = 10.0  # weight of the gradient penalty [λ], with w1 alone
     q_bound: float | None = None  # |Q| bounded by a tanh; 0 for none (default: 10 with tv, else none)
     target_rate: float = 0.0  # Polyak rate of a target network for V(s'); 0: none, V(s') has gradient
@@ -158,9 +158,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
         return tyro.cli(Args, args=argv, default=replace(Args(), env_id=""))
     if not args.resume:
         settings = dict(SETTINGS.get(env_name(args.env_id), {}))
-        if args.divergence != "chi2":  # there χ² is added only where --chi2-alpha asks for it, and these forms go with χ²
-            for name in ("chi2_alpha", "chi2_rows", "value_loss", "absorbing"):
-                settings.pop(name, None)
+        if args.divergence != "chi2":  # there χ² is added only where --chi2-alpha asks for it
+            settings.pop("chi2_alpha", None)
+            if settings.pop("absorbing", False):  # and the v0 forms see play through χ² alone
+                settings.pop("value_loss")
         return tyro.cli(Args, args=argv, default=replace(Args(), **settings))
     run_dir = Path(args.resume)
     check(os.path.isfile(run_dir / "checkpoint.pt"), f"--resume {run_dir}: no checkpoint.pt found there")
@@ -389,6 +390,7 @@ class Demonstrations(NamedTuple):
     transitions: Batch
     initial_obs: torch.Tensor  # [episodes, *obs_shape], each trajectory's first state, kept before subsampling
     expert_return: float  # mean return of the trajectories used; NaN without rewards in the file
+    end_rate: float  # share of their transitions, before subsampling, that ended an episode by themselves
 
 
 UNREADABLE = (ValueError, OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -565,7 +567,8 @@ def load_demonstrations(args: Args, obs_shape: tuple[int, ...], num_actions: int
                         tensor(data["terminations"][step].astype(np.float32)))
     print(f"loaded {len(chosen)} of {len(lengths)} episodes, {len(t)} of their {lengths[chosen].sum()} transitions, "
           f"expert return {np.mean(returns):.1f} ± {np.std(returns):.1f}, device {device}", flush=True)
-    return Demonstrations(transitions, tensor(obs[first_obs]), float(np.mean(returns)))
+    ended = data["terminations"][first_action + lengths[chosen] - 1]
+    return Demonstrations(transitions, tensor(obs[first_obs]), float(np.mean(returns)), ended.sum() / lengths[chosen].sum())
 
 
 def draw(demos: Demonstrations, n: int) -> Batch:
@@ -637,13 +640,27 @@ def phi(divergence: str, r: torch.Tensor) -> torch.Tensor:
     return function(inside) + derivative(margin) * (r - inside)
 
 
-def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Tensor, args: Args):
+def absorbing_value(expert_rate, policy_rate, args: Args):
+    """V of the absorbing state that follows an episode's own end, for the v0 forms with χ².
+
+    −E_expert[r] + E[r²]/(4α) over both halves has its optimum at r = 4α·ρ_expert/(ρ_expert + ρ_policy): from 0, where the
+    policy alone gets, to 4α. In the absorbing state the densities are the shares of transitions that lead there, and r
+    goes on for ever. With V = 0 instead these forms would pay for surviving longer than the expert.
+
+    Args:
+        expert_rate, policy_rate: share of either's transitions that ended an episode by itself; the first above 0.
+    """
+    return 4 * (args.chi2_alpha or 0.5) / (1 - args.gamma) * expert_rate / (expert_rate + policy_rate)
+
+
+def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Tensor, args: Args, end_value=0.0):
     """The IQ-Learn loss, to be minimised: −E_expert[φ(r)] + value term (χ²: φ(r) = r and + E[r²]/(4α)), Eq. 9 to 11 and
     §5.1 to 5.3.
 
     Args:
         batch: `[B]` rows, the first `n_expert` of them the expert's, the others the policy's.
         initial_obs: `[M, *obs_shape]` states where episodes start, for `--value-loss v0`.
+        end_value: V(s') where an episode ended by itself, a scalar.
 
     Returns:
         The loss and its terms, scalar tensors.
@@ -658,14 +675,7 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
         with torch.no_grad():
             next_q = target(next_obs)
     V = soft_value(q, τ)
-    next_V = (1 - terminated) * soft_value(next_q, τ)
-    α = args.chi2_alpha or (0.5 if args.divergence == "chi2" else None)
-    n_chi2 = n_expert if args.chi2_rows == "expert" else len(obs)
-    if args.absorbing and α and args.value_loss.startswith("v0"):
-        # DEVIATION: the expert's terminal states are absorbing, and r there is χ²'s optimum where no policy rows are, 4α
-        # with `--chi2-rows both`. With 0 there, these forms would pay for surviving longer than the expert.
-        absorbed = terminated * (torch.arange(len(obs), device=obs.device) < n_expert)
-        next_V = next_V + absorbed * (2 * α * n_chi2 / n_expert) / (1 - γ)
+    next_V = (1 - terminated) * soft_value(next_q, τ) + terminated * end_value  # DEVIATION: 0 without `--absorbing`
     # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to Eq. 9 where dynamics are random.
     r = q.gather(1, action[:, None]).squeeze(1) - γ * next_V
 
@@ -676,10 +686,12 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
         terms["value_term"] = (V - γ * next_V)[:n_expert].mean()
     elif args.value_loss == "v0":  # not telescoped: (1 − γ)·E_ρ0[V(s0)]
         terms["value_term"] = (1 - γ) * soft_value(network(initial_obs), τ).mean()
-    else:  # v0_expert: with χ² on both halves it leaves r > 0 on expert rows, a bonus for surviving without `--absorbing`
+    else:  # v0_expert: with χ² on both halves it leaves r > 0 on expert rows, a bonus for surviving (`--absorbing`)
         terms["value_term"] = (1 - γ) * V[:n_expert].mean()
+    α = args.chi2_alpha or (0.5 if args.divergence == "chi2" else None)
     if α:
-        terms["chi2_term"] = (r[:n_chi2] ** 2).mean() / (4 * α)
+        rows = r[:n_expert] if args.chi2_rows == "expert" else r
+        terms["chi2_term"] = (rows**2).mean() / (4 * α)
     if args.divergence == "w1":
         terms["gradient_penalty"] = args.gradient_penalty * gradient_penalty(network, batch, n_expert)
     loss = sum(terms.values())
@@ -952,14 +964,14 @@ def make_update(network, target, average, optimizer, n_expert: int, args: Args):
     pairs = [(rate, list(of.parameters()), list(network.parameters()))
              for of, rate in ((target, args.target_rate), (average, args.average_rate)) if of is not None]
 
-    def update(batch: Batch, initial_obs: torch.Tensor) -> dict[str, torch.Tensor]:
+    def update(batch: Batch, initial_obs: torch.Tensor, end_value: torch.Tensor) -> dict[str, torch.Tensor]:
         if args.obs_noise:
             batch = batch._replace(obs=batch.obs + args.obs_noise * torch.randn_like(batch.obs),
                                    next_obs=batch.next_obs + args.obs_noise * torch.randn_like(batch.obs))
         if args.objective == "bc":
             loss, terms = bc_loss(network, batch)
         else:
-            loss, terms = iq_loss(network, target, batch, n_expert, initial_obs, args)
+            loss, terms = iq_loss(network, target, batch, n_expert, initial_obs, args, end_value)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -1007,7 +1019,9 @@ def train(args: Args) -> Path:
     replay = Replay(args.buffer_size if total or args.resume else 1, fields, device)
     initial = Replay(10_000, [(obs_shape, torch.float32)], device)  # states that episodes start from
     initial.add(demos.initial_obs)
-    update = make_update(network, target, average, optimizer, n, args)
+    update, end_value = make_update(network, target, average, optimizer, n, args), torch.zeros((), device=device)
+    absorbing = (args.absorbing and demos.end_rate > 0 and args.value_loss.startswith("v0") and args.chi2_rows == "both"
+                 and (args.chi2_alpha or args.divergence == "chi2"))
 
     parts = {"network": network, "target": target, "average": average, "optimizer": optimizer, "replay": replay,
              "initial": initial}
@@ -1036,7 +1050,9 @@ def train(args: Args) -> Path:
                 batch = draw(demos, n)
                 if playing and both:  # expert rows first
                     batch = Batch(*(torch.cat(rows) for rows in zip(batch, replay.sample(n))))
-                run.terms = update(batch, initial.sample(n)[0] if args.value_loss == "v0" else batch.obs[:0])
+                    if absorbing:
+                        end_value = absorbing_value(demos.end_rate, replay.storage[3][: replay.written].mean(), args)
+                run.terms = update(batch, initial.sample(n)[0] if args.value_loss == "v0" else batch.obs[:0], end_value)
                 run.updates += 1
 
             run.tick(run.step, args.num_envs) if playing else run.tick(run.updates, 1)

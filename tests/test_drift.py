@@ -18,7 +18,8 @@ VERSIONS = {
     "make_envs": ("atari | continuous | discrete | ilo | offline", "the action spaces and switches of each setting"),
     "QNetwork.__init__": ("atari | continuous | discrete | ilo | offline", "convolutions; any number of layers"),
     "QNetwork.forward": ("atari | continuous | discrete | ilo | offline", "Q(s, ·) or Q(s, a)"),
-    "Demonstrations": ("atari | continuous discrete | ilo | offline", "frames kept once; no actions; held-out rows"),
+    "Demonstrations": ("atari | continuous | discrete | ilo | offline", "frames kept once; how often one ends; no actions; "
+                       "held-out rows"),
     "read_minari": ("atari continuous discrete offline | ilo", "actions are not read"),
     "demonstrations_path": ("atari | continuous | discrete | ilo | offline", "grid, maze, two spellings of a game"),
     "read_demonstrations": ("atari continuous discrete ilo | offline", "sizes and bounds from the file"),

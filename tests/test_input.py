@@ -1048,7 +1048,7 @@ def test_resume_continues(run_dir, capsys):
 
 
 @pytest.mark.parametrize("flags, old", [
-    ("--learning-rate 0.5", r"0\.0003"), ("--seed 7", r"\b1\b"), ("--env-id Acrobot-v1", "CartPole-v1"),
+    ("--learning-rate 0.5", r"0\.001"), ("--seed 7", r"\b1\b"), ("--env-id Acrobot-v1", "CartPole-v1"),
     ("--num-demos 2", r"\b0\b"), ("--objective bc", r"\biq\b"), ("--demos other.npz", r"cartpole\.npz"),
     ("--divergence tv", "chi2"), ("--hidden-size 9", r"\b4\b"), ("--num-envs 2", r"\b1\b"),
 ])

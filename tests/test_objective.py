@@ -293,38 +293,28 @@ def test_loss_is_the_sum_of_its_logged_terms(divergence, chi2_alpha, value_loss)
     assert loss.item() == pytest.approx(sum(expected.values()))
 
 
-@pytest.mark.parametrize("with_target", [False, True])
-@pytest.mark.parametrize("chi2_rows, reward", [("both", 4.0), ("expert", 2.0)])
-@pytest.mark.parametrize("value_loss", ["v0", "v0_expert"])
-def test_the_experts_terminal_states_absorb_at_the_best_reward_of_chi2(value_loss, chi2_rows, reward, with_target):
-    """V(s') of an expert row that ended is r*/(1 − γ) for the r* that χ² would choose there, if no policy row were there;
-    of the policy's it stays 0."""
-    script, gamma, alpha = SCRIPTS["iq_discrete"], 0.5, 0.3
-    network, target = script.table(HAND_Q), script.table(HAND_TARGET_Q) if with_target else None
-    rows = [(0, 1, 2, 1.0), (1, 0, 2, 0.0), (0, 1, 2, 1.0), (2, 0, 1, 0.0)]
-    args = hand_args(script, value_loss=value_loss, chi2_rows=chi2_rows, chi2_alpha=alpha, gamma=gamma)
-    plain, absorbed = (
-        numbers(iq_discrete.iq_loss(network, target, make_batch(script, rows, 3), 2, script.encode([0], 3), own)[1])
-        for own in (args, replace(args, absorbing=True)))
-    best = reward * alpha
-    assert absorbed["reward_expert"] == pytest.approx(plain["reward_expert"] - gamma * best / (1 - gamma) / 2)
-    assert absorbed["reward_policy"] == plain["reward_policy"] and absorbed["value_term"] == plain["value_term"]
-    r = torch.linspace(-3, 3, 60_001, dtype=F64)  # −E_expert[r] + E[r²]/(4α) of one expert row among two, or among four
-    rows_of_chi2 = {"both": 4, "expert": 2}[chi2_rows]
-    assert r[(-r / 2 + r**2 / (4 * alpha * rows_of_chi2)).argmin()].item() == pytest.approx(best, abs=1e-4)
+@pytest.mark.parametrize("value_loss", VALUE_LOSSES)
+def test_the_end_value_stands_where_an_episode_ended_by_itself(value_loss):
+    """As if those rows went on to a state of that value: r of each row that ended is γ times it lower."""
+    script, gamma, end_value = SCRIPTS["iq_discrete"], 0.5, 3.0
+    args = hand_args(script, value_loss=value_loss, gamma=gamma)
+    rows = [(0, 1, 2, 1.0), (1, 0, 2, 0.0), (0, 1, 2, 1.0), (2, 0, 1, 0.0), (2, 1, 1, 1.0)]
+    inputs = script.table(HAND_Q), None, make_batch(script, rows, 3), 2, script.encode([0], 3), args
+    plain, ending = (numbers(iq_discrete.iq_loss(*inputs, *own)[1]) for own in ((), (torch.tensor(end_value, dtype=F64),)))
+    assert ending["reward_expert"] == pytest.approx(plain["reward_expert"] - gamma * end_value / 2)
+    assert ending["reward_policy"] == pytest.approx(plain["reward_policy"] - gamma * end_value * 2 / 3)
+    rows_that_ended = {"value": 3 / 5, "value_expert": 1 / 2}.get(value_loss, 0)
+    assert ending["value_term"] == pytest.approx(plain["value_term"] - gamma * end_value * rows_that_ended)
 
 
-def test_absorbing_changes_the_forms_that_pay_for_surviving_alone():
-    """Nothing without χ² and in the telescoped forms, nor where no episode of the expert ended by itself."""
-    script = SCRIPTS["iq_discrete"]
-    rows = [(0, 1, 2, 0.0), (1, 0, 2, 0.0), (0, 1, 2, 1.0), (2, 0, 1, 1.0)]
-    for demonstrated, other in ((rows, {"value_loss": "v0_expert"}), (rows[::-1], {"value_loss": "value"}),
-                                (rows[::-1], {"value_loss": "v0_expert", "divergence": "js", "chi2_alpha": None})):
-        args = hand_args(script, chi2_rows="both", **other)
-        plain, absorbed = (iq_discrete.iq_loss(script.table(HAND_Q), None, make_batch(script, demonstrated, 3), 2,
-                                               script.encode([0], 3), own)[0].item()
-                           for own in (args, replace(args, absorbing=True)))
-        assert plain == absorbed
+@pytest.mark.parametrize("expert_rate, policy_rate", [(0.1, 0.1), (0.1, 0.0), (0.02, 0.1)])
+def test_the_absorbing_state_has_the_best_reward_of_chi2_for_ever(expert_rate, policy_rate):
+    """The r that minimises −ρ_expert·r + (ρ_expert + ρ_policy)/2·r²/(4α), summed with discount."""
+    gamma, alpha = 0.9, 0.3
+    r = torch.linspace(-3, 3, 600_001, dtype=F64)
+    best = r[(-expert_rate * r + (expert_rate + policy_rate) / 2 * r**2 / (4 * alpha)).argmin()].item()
+    value = iq_discrete.absorbing_value(expert_rate, policy_rate, iq_discrete.Args(gamma=gamma, chi2_alpha=alpha))
+    assert value == pytest.approx(sum(best * gamma**t for t in range(500)), rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------- Eq. 12, offline identity

@@ -695,7 +695,7 @@ def test_evaluation_refuses_switches_that_are_not_the_model_s(command, tmp_path,
 def test_cloning_saves_the_temperature_of_its_own_policy(command, tmp_path):
     assert iq_discrete.main(command("iq_discrete", "--objective", "bc", "--eval-every", "0")) == 0
     assert iq_discrete.load_model(str(tmp_path / "run" / "model.pt"))[1]["temperature"] == 1.0
-    own = ["--resume", str(tmp_path / "run"), "--objective", "bc", "--temperature", "1.0"]  # CartPole's setting, as stored
+    own = ["--resume", str(tmp_path / "run"), "--objective", "bc", "--temperature", "0.1"]  # CartPole's setting, as stored
     assert iq_discrete.main([*own, "--total-timesteps", "400"]) == 0
 
 
