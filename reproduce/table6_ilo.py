@@ -3,8 +3,8 @@
     python reproduce/table6_ilo.py
 
 Writes table6_ilo.csv, a row for each run, table6_ilo_curves.csv, table6_ilo.md and table6_ilo.png. No seed was tuned on
-(NOTES.md says why some begin with 111); a second call goes on where the csv stops. With actions: `iq_discrete.py` and
-`iq_continuous.py`, same files.
+but HalfCheetah's with actions (NOTES.md, also on why some begin with 111); a second call goes on where the csv stops. With
+actions: `iq_discrete.py` and `iq_continuous.py`, same files.
 """
 from pathlib import Path
 
