@@ -59,9 +59,9 @@ SETTINGS: dict[str, dict] = {
     "CartPole": {"gamma": 0.97, "temperature": 0.1, "chi2_alpha": 0.05, "value_loss": "v0_expert",
                  "absorbing": True, "target_rate": 0.01, "average_rate": 0.0005},
     "Acrobot": {"temperature": 0.1, "total_timesteps": 10_000},
-    # The loss of τ 0.01 and α 0.5 for Q 100 times as large, which makes the first policies soft, on expert rows alone, so play
-    # is not read: this is iq_offline.py's. With play in it (`--value-loss value --chi2-rows both`) −151 instead of 108 from
-    # one trajectory, and 265 instead of 274 from ten.
+    # The loss of τ 0.01 and α 0.5 for Q 100 times as large, which makes the first policies soft, on expert rows alone, so
+    # play is not read: this is iq_offline.py's. With play in it (`--value-loss value --chi2-rows both`) −151 instead of 108
+    # from one trajectory, and 265 instead of 274 from ten.
     "LunarLander": {"temperature": 1.0, "chi2_alpha": 50.0, "value_loss": "value_expert", "chi2_rows": "expert",
                     "hidden_size": 256, "learning_rate": 3e-4, "average_rate": 0.0005},
     "GridWorld": {"total_timesteps": 5_000},
@@ -644,8 +644,8 @@ def phi(divergence: str, r: torch.Tensor) -> torch.Tensor:
 def absorbing_value(expert_rate, policy_rate, args: Args):
     """V of the absorbing state that follows an episode's own end, for the v0 forms with χ².
 
-    −E_expert[r] + E[r²]/(4α) over both halves has its optimum at r = 4α·ρ_expert/(ρ_expert + ρ_policy): from 0, where the
-    policy alone gets, to 4α. In the absorbing state the densities are the shares of transitions that lead there, and r
+    The loss, its second term aside, has its optimum at r = 4α·ρ_expert/(ρ_expert + ρ_policy): from 0, where the policy alone
+    gets, to 4α. In the absorbing state the densities are the shares of transitions that lead there, and r
     goes on for ever. With V = 0 instead these forms would pay for surviving longer than the expert.
 
     Args:
@@ -676,7 +676,7 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
         with torch.no_grad():
             next_q = target(next_obs)
     V = soft_value(q, τ)
-    next_V = (1 - terminated) * soft_value(next_q, τ) + terminated * end_value  # DEVIATION: 0 without `--absorbing`
+    next_V = (1 - terminated) * soft_value(next_q, τ) + terminated * end_value  # DEVIATION: with `--absorbing` not 0
     # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to Eq. 9 where dynamics are random.
     r = q.gather(1, action[:, None]).squeeze(1) - γ * next_V
 
