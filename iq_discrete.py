@@ -965,7 +965,7 @@ def make_update(network, target, average, optimizer, n_expert: int, args: Args):
     pairs = [(rate, list(of.parameters()), list(network.parameters()))
              for of, rate in ((target, args.target_rate), (average, args.average_rate)) if of is not None]
 
-    def update(batch: Batch, initial_obs: torch.Tensor, end_value: torch.Tensor) -> dict[str, torch.Tensor]:
+    def update(batch: Batch, initial_obs: torch.Tensor, end_value=0.0) -> dict[str, torch.Tensor]:
         if args.obs_noise:
             batch = batch._replace(obs=batch.obs + args.obs_noise * torch.randn_like(batch.obs),
                                    next_obs=batch.next_obs + args.obs_noise * torch.randn_like(batch.obs))

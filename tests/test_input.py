@@ -577,7 +577,9 @@ def test_dones_are(meaning, tmp_path, good):
     at_end = demos.transitions.next_obs[:, 1].numpy() == LENGTHS[demos.transitions.obs[:, 0].int().numpy()]
     assert at_end.sum() == 3
     np.testing.assert_array_equal(terminated.numpy() == 1, at_end if meaning == "terminations" else np.zeros(STEPS))
-    same(demos._replace(transitions=demos.transitions[:3]), known._replace(transitions=known.transitions[:3]))
+    assert demos.end_rate == (0.2 if meaning == "terminations" else 0)
+    assert demos.end_rate == load(path, dones_are=meaning, subsample_freq=4).end_rate
+    same(*(own._replace(transitions=own.transitions[:3], end_rate=0) for own in (demos, known)))
     assert train(iq_discrete, tmp_path, "--dones-are", meaning, demos=path) == 0
 
 

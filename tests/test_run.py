@@ -571,7 +571,8 @@ def test_compiled_and_eager_updates_agree(script):
         network = module.QNetwork(shape, 2) if script == "iq_discrete" else module.QNetwork(2)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
         update = module.make_update(network, None, None, optimizer, 4, module.Args(compile=compile))
-        terms = [update(batch, obs[:2])["loss"].item() for _ in range(3)]
+        end_value = [torch.tensor(2.0)] if script == "iq_discrete" else []
+        terms = [update(batch, obs[:2], *end_value)["loss"].item() for _ in range(3)]
         results.append((terms, [p.detach() for p in network.parameters()]))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4, abs=1e-6)
     for eager, compiled in zip(results[0][1], results[1][1]):
