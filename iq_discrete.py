@@ -55,7 +55,7 @@ RANDOM_RETURN = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
     # From 25 transitions 495 on seven tuning seeds; `--value-loss value`, τ 1, α 50 and a slower target had 423 on six. This
-    # form pays for surviving: an expert that falls is imitated with `--absorbing` alone (pushing left: 9, without 478).
+    # form pays for surviving: an expert that falls is imitated only with `--absorbing` (pushing left: 9; without it 478).
     "CartPole": {"gamma": 0.97, "temperature": 0.1, "chi2_alpha": 0.05, "value_loss": "v0_expert",
                  "absorbing": True, "target_rate": 0.01, "average_rate": 0.0005},
     "Acrobot": {"temperature": 0.1, "total_timesteps": 10_000},
@@ -96,7 +96,7 @@ class Args:
     chi2_alpha: float | None = None  # χ² strength [α] (default: 0.5 with chi2, else no χ² term)
     chi2_rows: Literal["expert", "both"] = "both"  # rows whose r² is penalised
     value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "value"  # form of the second term
-    absorbing: bool = False  # v0 forms, χ² on both: V after an episode's own end is 0 only where the expert's never end
+    absorbing: bool = False  # v0 forms, χ² on both: an absorbing state follows an episode's own end
     gradient_penalty: float = 10.0  # weight of the gradient penalty [λ], with w1 alone
     q_bound: float | None = None  # |Q| bounded by a tanh; 0 for none (default: 10 with tv, else none)
     target_rate: float = 0.0  # Polyak rate of a target network for V(s'); 0: none, V(s') has gradient
@@ -644,9 +644,9 @@ def phi(divergence: str, r: torch.Tensor) -> torch.Tensor:
 def absorbing_value(expert_rate, policy_rate, args: Args):
     """V of the absorbing state that follows an episode's own end, for the v0 forms with χ².
 
-    The loss, its second term aside, has its optimum at r = 4α·ρ_expert/(ρ_expert + ρ_policy): from 0, where the policy alone
-    gets, to 4α. In the absorbing state the densities are the shares of transitions that lead there, and r
-    goes on for ever. With V = 0 instead these forms would pay for surviving longer than the expert.
+    The loss, its second term aside, has its optimum at r = 4α·ρ_expert/(ρ_expert + ρ_policy): from 0, where the policy
+    alone gets, to 4α. In the absorbing state the densities are the shares of transitions that lead there, and r goes on
+    for ever. With V = 0 instead these forms would pay for surviving longer than an expert whose episodes end.
 
     Args:
         expert_rate, policy_rate: share of either's transitions that ended an episode by itself; the first above 0.

@@ -631,12 +631,31 @@ def test_chi2_of_an_environment_s_settings_is_not_added_to_another_distance(scri
 
 
 def test_the_form_of_an_environment_s_settings_goes_with_chi2():
-    import iq_discrete
-
     own, other = iq_discrete.parse_args([]), iq_discrete.parse_args(["--divergence", "js"])
     assert (own.value_loss, own.absorbing) == ("v0_expert", True)
     assert (other.value_loss, other.absorbing) == ("value", False) and other.temperature == own.temperature
     assert iq_discrete.parse_args(["--divergence", "js", "--value-loss", "v0"]).value_loss == "v0"
+
+
+def test_the_absorbing_state_counts_the_ends_of_both_sides(command, left_only, tmp_path, monkeypatch):
+    rates, absorbing_value = [], iq_discrete.absorbing_value
+    monkeypatch.setattr(iq_discrete, "absorbing_value", lambda *given: rates.append(given[:2]) or absorbing_value(*given))
+    assert iq_discrete.main(command("iq_discrete", "--demos", left_only, "--num-demos", "0")) == 0
+    with np.load(left_only) as file:
+        assert {expert for expert, _ in rates} == {10 / file["episode_lengths"].sum()}
+    terminated = torch.load(tmp_path / "run" / "checkpoint.pt")["replay"]["storage"][3]
+    assert 0 < terminated.mean() < 1 and rates[-1][1] == terminated.mean() and len(rates) == 300
+
+
+@pytest.mark.parametrize("ends, flags", [(False, ""), (True, "--value-loss value"), (True, "--chi2-rows expert"),
+                                         (True, "--divergence js --value-loss v0_expert")])
+def test_no_absorbing_state_where_it_is_not_defined(ends, flags, command, left_only, tmp_path):
+    """Nor where the expert's episodes never end by themselves, as the bundled ones of CartPole."""
+    demos = ["--demos", left_only] if ends else []
+    for name in ("absorbing", "no-absorbing"):
+        assert iq_discrete.main(command("iq_discrete", *demos, *flags.split(), f"--{name}", "--run-name", name)) == 0
+    one, other = (torch.load(tmp_path / name / "model.pt")["network"] for name in ("absorbing", "no-absorbing"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("script, env_id, words", [("iq_discrete", "LunarLander-v3", "(default: 50.0)"),
