@@ -14,10 +14,10 @@ from common import bundled, draw_curves, keep_curve, mean_sd, read_rows, run_all
 
 FOLDER = Path(__file__).resolve().parent
 CURVES = FOLDER / "table3_mujoco_curves.csv"
-TASKS = {"HalfCheetah-v5": (5, 30_000), "Hopper-v5": (5, 40_000), "Ant-v5": (5, 50_000), "Walker2d-v5": (3, 120_000),
+TASKS = {"HalfCheetah-v5": (5, 30_000), "Hopper-v5": (5, 40_000), "Ant-v5": (5, 40_000), "Walker2d-v5": (3, 120_000),
          "Humanoid-v5": (1, 150_000)}
 # Of `iq` and `bc`: what earlier seeds showed led to these tasks' settings. All other rows begin with 101.
-FIRST_SEED = {"HalfCheetah-v5": 106, "Humanoid-v5": 103}
+FIRST_SEED = {"HalfCheetah-v5": 106, "Humanoid-v5": 103, "Ant-v5": 111}
 METHODS = {  # flags, tasks
     "iq": ("iq_continuous.py", tuple(TASKS)),
     "bc": ("iq_offline.py --objective bc --total-updates 10000", tuple(TASKS)),
