@@ -57,8 +57,9 @@ def table(rows: list[dict]) -> str:
                              f"{' | '.join(fraction(own, of) for of in returns)} | {mean_sd(own, 'expert', 0)} | "
                              f"{float(own[0]['random']):.0f} | {len(own)} | {own[0]['steps']} | {minutes} |")
     lines += ["", "`iq, 100k steps` of HalfCheetah and Ant ran on another machine, sixteen runs side by side, with torch "
-              "2.11 and Python 3.12, HalfCheetah without `--restart-rate`. HalfCheetah's `iq` and `bc` are seeds 106 "
-              "to 110, its other rows begin with 101: other demonstrations, so do not compare them."]
+              "2.11 and Python 3.12, HalfCheetah without `--restart-rate`, Ant with `--anneal-lr 0.5`. `iq` and `bc` of "
+              "HalfCheetah are seeds 106 to 110, Ant's 111 to 115, their other rows begin with 101: other "
+              "demonstrations, so do not compare them."]
     lines += ["", "| published, 500k steps | IQ-Learn | its expert | GAIL | DAC | ValueDICE |", "|---|---|---|---|---|---|"]
     lines += [f"| {task} | {' | '.join(map(str, numbers))} |" for task, numbers in PUBLISHED.items()]
     return "\n".join(lines) + "\n"
