@@ -855,25 +855,42 @@ class Run:
         return self.dir
 
 
+def make_gradient(loss_of, parameters: list[torch.Tensor], compiled: bool):
+    """`loss_of(*tensors)`, which returns a loss and its terms, as a function that leaves the loss's gradient on
+    `parameters` and returns the terms without: the compile boundary, which holds all of the mathematics."""
+    def gradient(*tensors) -> dict[str, torch.Tensor]:
+        loss, terms = loss_of(*tensors)
+        loss.backward(inputs=parameters)
+        return {name: term.detach() for name, term in terms.items()}
+
+    if compiled:
+        torch._dynamo.config.trace_autograd_ops = True  # the backward pass too, in one graph with the loss
+        gradient = torch.compile(gradient, fullgraph=True)
+    return gradient
+
+
 def make_update(network, target, average, optimizer, n_expert: int, args: Args):
-    """One gradient step as a function of tensors alone: the compile boundary."""
+    """One gradient step as a function of tensors alone."""
     pairs = [(rate, list(of.parameters()), list(network.parameters()))
              for of, rate in ((target, args.target_rate), (average, args.average_rate)) if of is not None]
 
-    def update(batch: Batch, initial_obs: torch.Tensor) -> dict[str, torch.Tensor]:
+    def loss_of(batch: Batch, initial_obs: torch.Tensor):
         if args.objective == "bc":
-            loss, terms = bc_loss(network, batch)
-        else:
-            loss, terms = iq_loss(network, target, batch, n_expert, initial_obs, args)
+            return bc_loss(network, batch)
+        return iq_loss(network, target, batch, n_expert, initial_obs, args)
+
+    gradient = make_gradient(loss_of, list(network.parameters()), args.compile)
+
+    def update(batch: Batch, initial_obs: torch.Tensor) -> dict[str, torch.Tensor]:
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        terms = gradient(batch, initial_obs)
         optimizer.step()
         with torch.no_grad():
             for rate, of, parameters in pairs:
                 torch._foreach_lerp_(of, parameters, rate)
-        return {name: term.detach() for name, term in terms.items()}
+        return terms
 
-    return torch.compile(update) if args.compile else update
+    return update
 
 
 def train(args: Args) -> Path:

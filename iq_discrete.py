@@ -202,8 +202,6 @@ def validate(args: Args) -> None:
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
     check(not args.track or importlib.util.find_spec("wandb"), "--track: it needs `pip install wandb`")
     check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
-    check(not (args.compile and args.divergence == "w1"),
-          "--compile: not with --divergence w1, whose gradient penalty torch.compile cannot differentiate twice")
     check(args.chi2_alpha is None or 0 < args.chi2_alpha < np.inf,
           f"--chi2-alpha {args.chi2_alpha}: expected above 0 and finite")
     check(args.q_bound is None or 0 <= args.q_bound < np.inf, f"--q-bound {args.q_bound}: expected at least 0 and finite")
@@ -960,28 +958,45 @@ class Run:
         return self.dir
 
 
+def make_gradient(loss_of, parameters: list[torch.Tensor], compiled: bool):
+    """`loss_of(*tensors)`, which returns a loss and its terms, as a function that leaves the loss's gradient on
+    `parameters` and returns the terms without: the compile boundary, which holds all of the mathematics."""
+    def gradient(*tensors) -> dict[str, torch.Tensor]:
+        loss, terms = loss_of(*tensors)
+        loss.backward(inputs=parameters)
+        return {name: term.detach() for name, term in terms.items()}
+
+    if compiled:
+        torch._dynamo.config.trace_autograd_ops = True  # the backward pass too, in one graph with the loss
+        gradient = torch.compile(gradient, fullgraph=True)
+    return gradient
+
+
 def make_update(network, target, average, optimizer, n_expert: int, args: Args):
-    """One gradient step as a function of tensors alone: the compile boundary."""
+    """One gradient step as a function of tensors alone."""
     pairs = [(rate, list(of.parameters()), list(network.parameters()))
              for of, rate in ((target, args.target_rate), (average, args.average_rate)) if of is not None]
 
-    def update(batch: Batch, initial_obs: torch.Tensor, end_value=0.0) -> dict[str, torch.Tensor]:
+    def loss_of(batch: Batch, initial_obs: torch.Tensor, end_value):
         if args.obs_noise:
             batch = batch._replace(obs=batch.obs + args.obs_noise * torch.randn_like(batch.obs),
                                    next_obs=batch.next_obs + args.obs_noise * torch.randn_like(batch.obs))
         if args.objective == "bc":
-            loss, terms = bc_loss(network, batch)
-        else:
-            loss, terms = iq_loss(network, target, batch, n_expert, initial_obs, args, end_value)
+            return bc_loss(network, batch)
+        return iq_loss(network, target, batch, n_expert, initial_obs, args, end_value)
+
+    gradient = make_gradient(loss_of, list(network.parameters()), args.compile)
+
+    def update(batch: Batch, initial_obs: torch.Tensor, end_value=0.0) -> dict[str, torch.Tensor]:
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        terms = gradient(batch, initial_obs, end_value)
         optimizer.step()
         with torch.no_grad():
             for rate, of, parameters in pairs:
                 torch._foreach_lerp_(of, parameters, rate)
-        return {name: term.detach() for name, term in terms.items()}
+        return terms
 
-    return torch.compile(update) if args.compile else update
+    return update
 
 
 def train(args: Args) -> Path:

@@ -1087,40 +1087,59 @@ def blurred(batch: Batch, noise: float) -> Batch:
                           next_obs=batch.next_obs + noise * torch.randn_like(batch.obs))
 
 
+def make_gradient(loss_of, parameters: list[torch.Tensor], compiled: bool):
+    """`loss_of(*tensors)`, which returns a loss and its terms, as a function that leaves the loss's gradient on
+    `parameters` and returns the terms without: the compile boundary, which holds all of the mathematics."""
+    def gradient(*tensors) -> dict[str, torch.Tensor]:
+        loss, terms = loss_of(*tensors)
+        loss.backward(inputs=parameters)
+        return {name: term.detach() for name, term in terms.items()}
+
+    if compiled:
+        torch._dynamo.config.trace_autograd_ops = True  # the backward pass too, in one graph with the loss
+        gradient = torch.compile(gradient, fullgraph=True)
+    return gradient
+
+
 def make_update(critic, target, policy, average, average_critic, idm, optimizers, n_expert: int, args: Args):
-    """One gradient step of each network as a function of tensors alone: the compile boundary."""
+    """One gradient step of each network as a function of tensors alone."""
     critic_optimizer, actor_optimizer, idm_optimizer = optimizers
     own = list(policy.parameters()) if actor_optimizer else []
     averaged = ((target, critic, args.target_rate), (average, policy, args.average_rate),
                 (average_critic, critic, args.average_rate))
     pairs = [(rate, list(of.parameters()), list(network.parameters())) for of, network, rate in averaged if of is not None]
 
-    def descend(optimizer, loss, inputs=None):
+    def named(expert: States, played: Batch) -> Batch:  # expert rows first
+        action = name_actions(args.missing_action, policy, idm, expert, played, args.temperature)
+        expert = Batch(expert.obs, action, expert.next_obs, expert.terminated)
+        return blurred(Batch(*(torch.cat(rows) for rows in zip(expert, played))), args.obs_noise)
+
+    if args.compile:
+        named = torch.compile(named)
+    idm_gradient = idm and make_gradient(lambda played: idm_loss(idm, played), list(idm.parameters()), args.compile)
+    critic_gradient = make_gradient(
+        lambda batch, initial_obs: iq_loss(critic, target, policy, batch, n_expert, initial_obs, args),
+        list(critic.parameters()), args.compile)
+    actor_gradient = make_gradient(lambda obs: actor_loss(critic, policy, obs, args.temperature), own, args.compile)
+
+    def descend(optimizer, gradient, *tensors) -> dict[str, torch.Tensor]:
         optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=inputs)
+        terms = gradient(*tensors)
         optimizer.step()
+        return terms
 
     def update(expert: States, played: Batch, initial_obs: torch.Tensor) -> dict[str, torch.Tensor]:
-        terms = {}
-        if idm is not None:
-            loss, terms = idm_loss(idm, played)
-            descend(idm_optimizer, loss)
-        named = Batch(expert.obs, name_actions(args.missing_action, policy, idm, expert, played, args.temperature),
-                      expert.next_obs, expert.terminated)
-        batch = blurred(Batch(*(torch.cat(rows) for rows in zip(named, played))), args.obs_noise)  # expert rows first
-        loss, iq_terms = iq_loss(critic, target, policy, batch, n_expert, initial_obs, args)
-        descend(critic_optimizer, loss)
-        terms = iq_terms | terms
-        if actor_optimizer:
-            loss, actor_terms = actor_loss(critic, policy, batch.obs, args.temperature)
-            descend(actor_optimizer, loss, own)  # through the critic, not into it
-            terms |= actor_terms
+        terms = descend(idm_optimizer, idm_gradient, played) if idm else {}
+        batch = named(expert, played)
+        terms = descend(critic_optimizer, critic_gradient, batch, initial_obs) | terms
+        if actor_optimizer:  # through the critic, not into it
+            terms |= descend(actor_optimizer, actor_gradient, batch.obs)
         with torch.no_grad():
             for rate, of, parameters in pairs:
                 torch._foreach_lerp_(of, parameters, rate)
-        return {name: term.detach() for name, term in terms.items()}
+        return terms
 
-    return torch.compile(update) if args.compile else update
+    return update
 
 
 def fit_reward(critic, policy, idm, demos: Demonstrations, replay: Replay, args: Args, stop: "Run") -> QNetwork:

@@ -185,8 +185,6 @@ def validate(args: Args) -> None:
             value = getattr(args, name)
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
     check(not args.track or importlib.util.find_spec("wandb"), "--track: it needs `pip install wandb`")
-    check(not (args.compile and args.divergence == "w1"),
-          "--compile: not with --divergence w1, whose gradient penalty torch.compile cannot differentiate twice")
     check(args.chi2_alpha is None or 0 < args.chi2_alpha < np.inf,
           f"--chi2-alpha {args.chi2_alpha}: expected above 0 and finite")
     check(args.q_bound is None or 0 <= args.q_bound < np.inf, f"--q-bound {args.q_bound}: expected at least 0 and finite")
@@ -1002,33 +1000,49 @@ class Run:
         return self.dir
 
 
+def make_gradient(loss_of, parameters: list[torch.Tensor], compiled: bool):
+    """`loss_of(*tensors)`, which returns a loss and its terms, as a function that leaves the loss's gradient on
+    `parameters` and returns the terms without: the compile boundary, which holds all of the mathematics."""
+    def gradient(*tensors) -> dict[str, torch.Tensor]:
+        loss, terms = loss_of(*tensors)
+        loss.backward(inputs=parameters)
+        return {name: term.detach() for name, term in terms.items()}
+
+    if compiled:
+        torch._dynamo.config.trace_autograd_ops = True  # the backward pass too, in one graph with the loss
+        gradient = torch.compile(gradient, fullgraph=True)
+    return gradient
+
+
 def make_update(network, target, actor, average, optimizer, actor_optimizer, args: Args):
-    """One gradient step as a function of tensors alone: the compile boundary."""
+    """One gradient step as a function of tensors alone."""
     pairs = [(rate, list(of.parameters()), list(source.parameters())) for of, source, rate in
              ((target, network, args.target_rate), (average, actor or network, args.average_rate)) if of is not None]
 
-    def step(optimizer, loss):
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+    steps = []  # optimizer, gradient
+    if args.objective == "bc":
+        own = list((actor or network).parameters())
+        steps.append((actor_optimizer or optimizer,
+                      make_gradient(lambda batch, _: bc_loss(network, actor, batch), own, args.compile)))
+    else:
+        steps.append((optimizer, make_gradient(lambda *tensors: iq_loss(network, target, actor, *tensors, args),
+                                               list(network.parameters()), args.compile)))
+        if actor:  # through the critic, not into it
+            steps.append((actor_optimizer, make_gradient(lambda batch, _: actor_loss(network, actor, batch, args),
+                                                         list(actor.parameters()), args.compile)))
 
     def update(batch: Batch, initial_obs: torch.Tensor) -> dict[str, torch.Tensor]:
-        if args.objective == "bc":
-            loss, terms = bc_loss(network, actor, batch)
-            step(actor_optimizer or optimizer, loss)
-        else:
-            loss, terms = iq_loss(network, target, actor, batch, initial_obs, args)
-            step(optimizer, loss)  # it also drops the gradient that the actor's loss left on the critic
-            if actor:
-                loss, actor_terms = actor_loss(network, actor, batch, args)
-                step(actor_optimizer, loss)
-                terms |= actor_terms
+        terms = {}
+        for optimizer, gradient in steps:
+            optimizer.zero_grad(set_to_none=True)
+            terms |= gradient(batch, initial_obs)
+            optimizer.step()
         with torch.no_grad():
             for rate, of, parameters in pairs:
                 torch._foreach_lerp_(of, parameters, rate)
-        return {name: term.detach() for name, term in terms.items()}
+        return terms
 
-    return torch.compile(update) if args.compile else update
+    return update
 
 
 def train(args: Args) -> Path:

@@ -3,13 +3,15 @@
     OMP_NUM_THREADS=1 taskset -c 0 python reproduce/speed.py
 
 The bare work is forward, backward and optimiser step of the same network on a batch that is in place. The loop is
-`train()` with the environment stubbed and evaluation off. Both take turns; medians go to speed.csv and speed.md.
+`train()` with the environment stubbed and evaluation off. Both take turns; medians go to speed.csv and speed.md. Where a
+case says `--compile` the loop has it, and the bare work has not.
 """
 import resource
 import sys
 import tempfile
 import time
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,7 @@ def loop_seconds(module, args, envs) -> float:
         return (*made[:-1], one) if isinstance(made, tuple) else one
 
     module.make_update = counted
+    torch._dynamo.reset()  # what was compiled for an earlier round
     try:
         with tempfile.TemporaryDirectory() as folder:
             module.train(module.replace(args, out_dir=folder))
@@ -151,16 +154,19 @@ def cases():
     """name, script, settings, observation shape, batch rows of one update, updates in a round."""
     cartpole = iq_discrete.Args(checkpoint_every=0, save_model=False,
                                 **iq_discrete.SETTINGS["CartPole"] | {"eval_every": 0, "total_timesteps": 3000})
-    yield "CartPole, online", iq_discrete, cartpole, (4,), 2 * cartpole.batch_size, 3000
+    for name, compiled in (("CartPole, online", False), ("CartPole, online, --compile", True)):
+        yield name, iq_discrete, replace(cartpole, compile=compiled), (4,), 2 * cartpole.batch_size, 3000
     for name, change in (("HalfCheetah, 128 + 128 rows", {}),
                          ("HalfCheetah, 256 + 256 rows, 500,000 stored", {"batch_size": 256, "buffer_size": 500_000})):
         cheetah = iq_continuous.Args(eval_every=0, checkpoint_every=0, save_model=False, total_timesteps=500, **change)
         yield name, iq_continuous, cheetah, (17,), None, 300
     offline = iq_offline.Args(env_id="CartPole-v1", eval_every=0, checkpoint_every=0, save_model=False, total_updates=3000)
-    yield "CartPole, offline, two layers of 64", iq_offline, offline, (4,), offline.batch_size, 3000
+    for name, compiled in (("CartPole, offline, two layers of 64", False), ("CartPole, offline, --compile", True)):
+        yield name, iq_offline, replace(offline, compile=compiled), (4,), offline.batch_size, 3000
     states = iq_ilo.Args(checkpoint_every=0, save_model=False,
                          **iq_ilo.SETTINGS["CartPole"] | {"eval_every": 0, "total_timesteps": 3500})
-    yield "CartPole, observations only", iq_ilo, states, (4,), None, 3000
+    for name, compiled in (("CartPole, observations only", False), ("CartPole, observations only, --compile", True)):
+        yield name, iq_ilo, replace(states, compile=compiled), (4,), None, 3000
     for name, change in (("Pong, demonstrations alone", {"pretrain_updates": 60, "total_timesteps": 0}),
                          ("Pong, online", {"pretrain_updates": 0, "total_timesteps": 480, "num_envs": 8,
                                            "updates_per_step": 0.125, "buffer_size": 2000, "chi2_rows": "both",
