@@ -1018,18 +1018,14 @@ def make_update(network, target, actor, average, optimizer, actor_optimizer, arg
     """One gradient step as a function of tensors alone."""
     pairs = [(rate, list(of.parameters()), list(source.parameters())) for of, source, rate in
              ((target, network, args.target_rate), (average, actor or network, args.average_rate)) if of is not None]
-
-    steps = []  # optimizer, gradient
-    if args.objective == "bc":
-        own = list((actor or network).parameters())
-        steps.append((actor_optimizer or optimizer,
-                      make_gradient(lambda batch, _: bc_loss(network, actor, batch), own, args.compile)))
+    if args.objective == "bc":  # each loss, whose gradient which network has, and what steps it
+        losses = [(lambda batch, _: bc_loss(network, actor, batch), actor or network, actor_optimizer or optimizer)]
     else:
-        steps.append((optimizer, make_gradient(lambda *tensors: iq_loss(network, target, actor, *tensors, args),
-                                               list(network.parameters()), args.compile)))
+        losses = [(lambda batch, initial_obs: iq_loss(network, target, actor, batch, initial_obs, args), network, optimizer)]
         if actor:  # through the critic, not into it
-            steps.append((actor_optimizer, make_gradient(lambda batch, _: actor_loss(network, actor, batch, args),
-                                                         list(actor.parameters()), args.compile)))
+            losses.append((lambda batch, _: actor_loss(network, actor, batch, args), actor, actor_optimizer))
+    steps = [(optimizer, make_gradient(loss_of, list(owner.parameters()), args.compile))
+             for loss_of, owner, optimizer in losses]
 
     def update(batch: Batch, initial_obs: torch.Tensor) -> dict[str, torch.Tensor]:
         terms = {}
