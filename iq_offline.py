@@ -700,7 +700,7 @@ def actor_loss(network, actor, batch: Batch, args: Args):
 
     DEVIATION: `--cloning-weight` adds −log π(a|s) of the expert's actions. Nothing bounds Q(s,ã) off the data, and
     an actor that leaves the data has nothing else that brings it back: without it Hopper from four trajectories read 952
-    after 5,000 updates, with 0.1 that expert's 3,204 (cloning 3,198; one seed).
+    after 5,000 updates, with 0.1 the expert's 3,204 (cloning 3,198; one seed).
     """
     fresh, log_prob = sample_action(actor, batch.obs)
     terms = {"actor_entropy_term": args.temperature * log_prob.mean(), "actor_q_term": -network(batch.obs, fresh).mean()}

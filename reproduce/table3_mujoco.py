@@ -63,8 +63,7 @@ def table(rows: list[dict]) -> str:
     lines += ["", "`iq, 100k steps` of Ant ran on another machine, sixteen runs side by side, with torch 2.11 and Python "
               "3.12. HalfCheetah's rows, but the published settings', are seeds 106 to 110, Ant's `iq, 40k steps` and the "
               "`bc` below it 111 to 115, Humanoid's 103; other rows begin with 101: other demonstrations, so do not "
-              "compare them. Hopper's `iq, 100k steps` and published settings are of an earlier expert, that of commit "
-              "21881cb."]
+              "compare them."]
     lines += ["", "| published, 500k steps | IQ-Learn | its expert | GAIL | DAC | ValueDICE |", "|---|---|---|---|---|---|"]
     lines += [f"| {task} | {' | '.join(map(str, numbers))} |" for task, numbers in PUBLISHED.items()]
     return "\n".join(lines) + "\n"
