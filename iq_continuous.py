@@ -134,7 +134,7 @@ class Args:
     resume: str | None = None  # a run directory to continue
     evaluate: str | None = None  # a model.pt to play instead of training
     cuda: bool = True  # use a GPU if there is one
-    compile: bool = False  # torch.compile the update
+    compile: bool = False  # torch.compile loss and gradient
 
 
 MAY_CHANGE_ON_RESUME = {"total_timesteps", "eval_every", "eval_episodes", "track", "wandb_project_name",

@@ -135,7 +135,7 @@ class Args:
     resume: str | None = None  # a run directory to continue
     evaluate: str | None = None  # a model.pt to play instead of training
     cuda: bool = True  # use a GPU if there is one
-    compile: bool = False  # torch.compile the update
+    compile: bool = False  # torch.compile loss and gradient
 
 
 MAY_CHANGE_ON_RESUME = {"total_timesteps", "eval_every", "eval_episodes", "track", "wandb_project_name",
@@ -1089,22 +1089,21 @@ def blurred(batch: Batch, noise: float) -> Batch:
 
 def make_gradient(loss_of, parameters: list[torch.Tensor], compiled: bool):
     """`loss_of(*tensors)`, which returns a loss and its terms, as a function that leaves the loss's gradient on
-    `parameters` and returns the terms without: the compile boundary, which holds all of the mathematics."""
+    `parameters` and returns the terms without: the compile boundary."""
     def gradient(*tensors) -> dict[str, torch.Tensor]:
         loss, terms = loss_of(*tensors)
         loss.backward(inputs=parameters)
         return {name: term.detach() for name, term in terms.items()}
 
     if compiled:
-        torch._dynamo.config.trace_autograd_ops = True  # the backward pass too, in one graph with the loss
-        gradient = torch.compile(gradient, fullgraph=True)
+        traces_backward = torch._dynamo.config.patch(trace_autograd_ops=True)  # in one graph with the loss; for this alone
+        gradient = traces_backward(torch.compile(gradient, fullgraph=True))
     return gradient
 
 
 def make_update(critic, target, policy, average, average_critic, idm, optimizers, n_expert: int, args: Args):
     """One gradient step of each network as a function of tensors alone."""
     critic_optimizer, actor_optimizer, idm_optimizer = optimizers
-    own = list(policy.parameters()) if actor_optimizer else []
     averaged = ((target, critic, args.target_rate), (average, policy, args.average_rate),
                 (average_critic, critic, args.average_rate))
     pairs = [(rate, list(of.parameters()), list(network.parameters())) for of, network, rate in averaged if of is not None]
@@ -1120,7 +1119,8 @@ def make_update(critic, target, policy, average, average_critic, idm, optimizers
     critic_gradient = make_gradient(
         lambda batch, initial_obs: iq_loss(critic, target, policy, batch, n_expert, initial_obs, args),
         list(critic.parameters()), args.compile)
-    actor_gradient = make_gradient(lambda obs: actor_loss(critic, policy, obs, args.temperature), own, args.compile)
+    actor_gradient = actor_optimizer and make_gradient(
+        lambda obs: actor_loss(critic, policy, obs, args.temperature), list(policy.parameters()), args.compile)
 
     def descend(optimizer, gradient, *tensors) -> dict[str, torch.Tensor]:
         optimizer.zero_grad(set_to_none=True)

@@ -114,7 +114,7 @@ class Args:
     resume: str | None = None  # a run directory to continue
     evaluate: str | None = None  # a model.pt to play instead of training
     cuda: bool = True  # use a GPU if there is one
-    compile: bool = False  # torch.compile the update
+    compile: bool = False  # torch.compile loss and gradient
 
 
 MAY_CHANGE_ON_RESUME = {"total_updates", "eval_every", "eval_episodes", "track", "wandb_project_name",
@@ -1002,15 +1002,15 @@ class Run:
 
 def make_gradient(loss_of, parameters: list[torch.Tensor], compiled: bool):
     """`loss_of(*tensors)`, which returns a loss and its terms, as a function that leaves the loss's gradient on
-    `parameters` and returns the terms without: the compile boundary, which holds all of the mathematics."""
+    `parameters` and returns the terms without: the compile boundary."""
     def gradient(*tensors) -> dict[str, torch.Tensor]:
         loss, terms = loss_of(*tensors)
         loss.backward(inputs=parameters)
         return {name: term.detach() for name, term in terms.items()}
 
     if compiled:
-        torch._dynamo.config.trace_autograd_ops = True  # the backward pass too, in one graph with the loss
-        gradient = torch.compile(gradient, fullgraph=True)
+        traces_backward = torch._dynamo.config.patch(trace_autograd_ops=True)  # in one graph with the loss; for this alone
+        gradient = traces_backward(torch.compile(gradient, fullgraph=True))
     return gradient
 
 
