@@ -129,7 +129,7 @@ TABLE = {
     "GridWorld-v0": (grid_expert, 30, 1.0, 5_000, 0.9),
     "PointMaze-v0": (maze_expert, 30, -25.0, 5_000, 0.9),
     "PongNoFrameskip-v4": (None, 30, 19.0, 12_000, 0.5),
-    "Hopper-v5": (trained_expert, 25, 3_200.0, 20_000, 0.5),
+    "Hopper-v5": (trained_expert, 25, 3_400.0, 20_000, 0.5),
     "HalfCheetah-v5": (trained_expert, 25, 4_900.0, 20_000, 0.5),
     "Walker2d-v5": (trained_expert, 25, 4_600.0, 20_000, 0.5),
     "Ant-v5": (trained_expert, 25, 4_400.0, 20_000, 0.5),
