@@ -59,7 +59,8 @@ SETTINGS: dict[str, dict] = {
     "Acrobot": {"standardize_obs": False, "total_updates": 3_000},
     "LunarLander": {"standardize_obs": False, "hidden_size": 256, "weight_decay": 0.1, "temperature": 1.0,
                     "chi2_alpha": 50.0, "total_updates": 3_000},  # near to cloning
-    "Hopper": MUJOCO, "HalfCheetah": MUJOCO, "Walker2d": MUJOCO,
+    "Hopper": MUJOCO | {"gamma": 0.97, "temperature": 0.1},  # as in iq_continuous.py
+    "HalfCheetah": MUJOCO, "Walker2d": MUJOCO,
     "Ant": MUJOCO | {"obs_dims": 27}, "Humanoid": MUJOCO | {"obs_dims": 45},  # positions, velocities: iq_continuous.py
 }
 
