@@ -37,7 +37,8 @@ def main(cores: tuple[int, ...] = (0, 1), tasks: tuple[str, ...] = TASKS, number
     jobs = [({"task": task, "demos": n, "method": method, "seed": seed},
              f"iq_offline.py --env-id {task} --num-demos {n} --seed {seed} --total-updates {UPDATES} --eval-every {UPDATES} "
              f"--eval-episodes 10{more} --run-name offline_{task}_{n}_{method}_{seed}")
-            for n in numbers for task in tasks for method, more in METHODS.items() for seed in SEEDS.get(task, (101, 102, 103))]
+            for n in numbers for task in tasks for method, more in METHODS.items()
+            for seed in SEEDS.get(task, (101, 102, 103))]
     rows = run_all(jobs, FOLDER / "offline_mujoco.csv", cores=cores)
     (FOLDER / "offline_mujoco.md").write_text(table(rows))
     print(table(rows))
