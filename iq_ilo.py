@@ -71,7 +71,7 @@ SETTINGS: dict[str, dict] = {
     "PointMaze": {"hidden_size": 64, "batch_size": 64, "num_demos": 0, "actor_lr": 3e-4, "average_rate": 0.002,
                   "temperature": 0.1, "obs_noise": 0.06, "learning_starts": 4_000, "total_timesteps": 8_000,
                   "eval_every": 2_000},
-    "Hopper": {"gamma": 0.97, "temperature": 0.1, "total_timesteps": 40_000},
+    "Hopper": {"gamma": 0.97, "temperature": 0.1, "anneal_lr": 0.5, "total_timesteps": 80_000},
     "Ant": {"obs_dims": 27}, "Humanoid": {"obs_dims": 45},  # positions and velocities, as in iq_continuous.py
     "Pendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
     "InvertedPendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
