@@ -389,9 +389,18 @@ class Softmax(nn.Module):
         return (q - temperature * torch.empty_like(q).exponential_().log()).argmax(1)
 
     def value(self, critic: QNetwork, obs: torch.Tensor, temperature: float) -> torch.Tensor:
-        """V(s) = τ·logsumexp_a(Q(s,a)/τ) `[B]`; at τ = 0 the maximum (paper, §3 and Eq. 10)."""
-        q = critic.each(obs)
+        """V(s) `[B]`, see `soft_value`."""
+        return self.soft_value(critic.each(obs), temperature)
+
+    @staticmethod
+    def soft_value(q: torch.Tensor, temperature: float) -> torch.Tensor:
+        """V(s) = τ·logsumexp_a(Q(s,a)/τ) `[B]` of Q(s,·) `[B, A]`; at τ = 0 the maximum (paper, §3 and Eq. 10)."""
         return temperature * torch.logsumexp(q / temperature, 1) if temperature else q.max(1).values
+
+    def q_and_value(self, critic: QNetwork, obs: torch.Tensor, action: torch.Tensor, temperature: float):
+        """Q(s,a) of the first rows, as many as there are actions, and V(s) of all, in one pass of the critic."""
+        q = critic.each(obs)
+        return q[: len(action)].gather(1, action[:, None]).squeeze(1), self.soft_value(q, temperature)
 
     def marginal(self, function: QNetwork, obs: torch.Tensor, temperature: float) -> torch.Tensor:
         """E_{a ~ π(·|s)}[function(s, a)] `[B]`, exact."""
@@ -448,6 +457,14 @@ class TanhGaussian(nn.Module):
         with torch.no_grad():
             action, log_prob = self.sample_with_log(obs)
         return critic(obs, action) - temperature * log_prob
+
+    def q_and_value(self, critic: QNetwork, obs: torch.Tensor, action: torch.Tensor, temperature: float):
+        """Q(s,a) of the first rows, as many as there are actions, and V(s) of all, in one pass of the critic."""
+        n = len(action)
+        with torch.no_grad():
+            fresh, log_prob = self.sample_with_log(obs)
+        q = critic(torch.cat([obs[:n], obs]), torch.cat([action, fresh]))
+        return q[:n], q[n:] - temperature * log_prob
 
     def marginal(self, function: QNetwork, obs: torch.Tensor, temperature: float, samples: int = 64) -> torch.Tensor:
         """E_{a ~ π(·|s)}[function(s, a)] `[B]`, the mean over samples."""
@@ -798,17 +815,18 @@ def iq_loss(critic, target, policy, batch: Batch, n_expert: int, initial_obs: to
     obs, action, next_obs, terminated = batch
     γ, τ, α = args.gamma, args.temperature, args.chi2_alpha
     assert obs.shape == next_obs.shape and len(action) == len(obs) and terminated.shape == (len(obs),)
-    if target is None:  # V(s') carries gradient, as the paper has it without a target network
-        next_V = policy.value(critic, next_obs, τ)
+    if target is None:  # one pass for s and s'; V(s') carries gradient, as the paper has it without a target network
+        q, V = policy.q_and_value(critic, torch.cat([obs, next_obs]), action, τ)
+        V, next_V = V.chunk(2)
     else:
         with torch.no_grad():
             next_V = policy.value(target, next_obs, τ)
             if args.bound_targets and args.chi2_rows == "both":  # DEVIATION: there |r| stays near 4α, so |V| near this
                 next_V = next_V.clamp(-4 * α / (1 - γ), 4 * α / (1 - γ))
+        q, V = policy.q_and_value(critic, obs, action, τ)
     next_V = (1 - terminated) * next_V
-    V = policy.value(critic, obs, τ)
     # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to Eq. 9 where dynamics are random.
-    r = critic(obs, action) - γ * next_V
+    r = q - γ * next_V
 
     terms = {"expert_term": -r[:n_expert].mean()}  # χ²: φ(r) = r − r²/(4α), its second part is the last term
     if args.value_loss == "value":  # telescoped over the mixture of both occupancies, §5.1

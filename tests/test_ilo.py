@@ -148,6 +148,19 @@ def test_continuous_value_is_of_one_fresh_action_and_moves_the_critic_alone():
     assert any(p.grad.any() for p in critic.parameters())
 
 
+@pytest.mark.parametrize("discrete", [True, False])
+@pytest.mark.parametrize("n", [6, 4])  # as many actions as states, and fewer
+def test_q_and_value_of_one_pass_are_those_of_two(discrete, n):
+    critic = QNetwork((3,), 2 if discrete else 1, discrete, 8, True)
+    policy, obs = Softmax(critic) if discrete else tanh_gaussian(), torch.randn(6, 3)
+    action = torch.randint(2, (n,)) if discrete else torch.rand(n, 1)
+    torch.manual_seed(5)
+    q, value = policy.q_and_value(critic, obs, action, 0.3)
+    torch.testing.assert_close(q, critic(obs[:n], action))
+    torch.manual_seed(5)
+    torch.testing.assert_close(value, policy.value(critic, obs, 0.3))
+
+
 def test_the_actor_ascends_q_and_entropy():
     """For Q = 0 a step raises the entropy, for τ = 0 it raises Q: the sign that Algorithm 1 does not print."""
     obs = torch.randn(256, 3)
