@@ -159,6 +159,9 @@ def test_q_and_value_of_one_pass_are_those_of_two(discrete, n):
     torch.testing.assert_close(q, critic(obs[:n], action))
     torch.manual_seed(5)
     torch.testing.assert_close(value, policy.value(critic, obs, 0.3))
+    value.sum().backward()
+    assert any(p.grad.any() for p in critic.parameters())
+    assert discrete or all(p.grad is None for p in policy.parameters())  # an actor has none of this gradient
 
 
 def test_the_actor_ascends_q_and_entropy():

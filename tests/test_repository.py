@@ -95,6 +95,16 @@ def test_table_3_ran_with_the_settings_that_the_script_has_now():
         assert {name for name in ran if ran[name] != now[name]} <= {"seed", "run_name", "eval_every"}, row["task"]
 
 
+@pytest.mark.parametrize("name", ["discrete", "table3_mujoco", "table6_ilo"])
+def test_online_rows_ran_for_as_long_as_their_commands_take_now(name):
+    with open(ROOT / "reproduce" / f"{name}.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["steps"] != "0"]
+    for row in rows:
+        _, script, *flags = shlex.split(row["command"])
+        now = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+        assert int(row["steps"]) == now.total_timesteps, row["command"]
+
+
 def test_the_table_of_the_readme_is_made_from_the_csv_files():
     import summary
 
