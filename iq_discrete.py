@@ -668,15 +668,16 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
     γ, τ = args.gamma, args.temperature
     assert obs.shape == next_obs.shape and action.shape == terminated.shape == (len(obs),)
     if target is None:  # one pass for s and s'; V(s') carries gradient, as the paper has it without a target network
-        q, next_q = network(torch.cat([obs, next_obs])).chunk(2)
+        q = network(torch.cat([obs, next_obs]))
+        V, next_V = soft_value(q, τ).chunk(2)
     else:
         q = network(obs)
+        V = soft_value(q, τ)
         with torch.no_grad():
-            next_q = target(next_obs)
-    V = soft_value(q, τ)
-    next_V = (1 - terminated) * soft_value(next_q, τ) + terminated * end_value  # DEVIATION: with `--absorbing` not 0
+            next_V = soft_value(target(next_obs), τ)
+    next_V = (1 - terminated) * next_V + terminated * end_value  # DEVIATION: with `--absorbing` not 0
     # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to Eq. 9 where dynamics are random.
-    r = q.gather(1, action[:, None]).squeeze(1) - γ * next_V
+    r = q[: len(obs)].gather(1, action[:, None]).squeeze(1) - γ * next_V
 
     terms = {"expert_term": -phi(args.divergence, r[:n_expert]).mean()}
     if args.value_loss == "value":  # telescoped over the mixture of both occupancies, §5.1

@@ -666,8 +666,8 @@ def iq_loss(network, target, actor, batch: Batch, initial_obs: torch.Tensor, arg
     γ, τ = args.gamma, args.temperature
     assert obs.shape == next_obs.shape and len(action) == len(obs) and terminated.shape == (len(obs),)
     if actor is None and target is None:  # one pass for s and s'; V(s') carries gradient, as the paper has it offline
-        q, next_q = network(torch.cat([obs, next_obs])).chunk(2)
-        Q, V, next_V = q.gather(1, action[:, None]).squeeze(1), soft_value(q, τ), soft_value(next_q, τ)
+        q = network(torch.cat([obs, next_obs]))
+        Q, (V, next_V) = q[: len(obs)].gather(1, action[:, None]).squeeze(1), soft_value(q, τ).chunk(2)
     else:
         Q, V = q_value(network, actor, obs, action), state_value(network, actor, obs, τ)
         with torch.set_grad_enabled(target is None):  # with a target network V(s') carries none

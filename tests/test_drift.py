@@ -1,5 +1,6 @@
 """What the scripts share by copy stays the same: a fix goes into every file, or the difference is listed here."""
 import ast
+import importlib
 import itertools
 from pathlib import Path
 
@@ -124,6 +125,19 @@ def versions(read) -> dict[str, str]:
 @pytest.mark.parametrize("read, table", [(definitions, VERSIONS), (fields, FIELD_VERSIONS)])
 def test_same_or_listed(read, table):
     assert versions(read) == {name: groups for name, (groups, _) in table.items()}
+
+
+def per_environment(table: str, setting: str | None = None) -> set[tuple]:
+    """(environment, value) pairs of a table, or of one setting in it, over all scripts."""
+    tables = [getattr(importlib.import_module(Path(script).stem), table) for script in SCRIPTS]
+    return {(name, value if setting is None else value[setting]) for table in tables for name, value in table.items()
+            if setting is None or setting in value}
+
+
+@pytest.mark.parametrize("table, setting", [("RANDOM_RETURN", None), ("SETTINGS", "obs_dims")])
+def test_what_is_true_of_an_environment_is_the_same_in_all_scripts(table, setting):
+    pairs = per_environment(table, setting)
+    assert len(pairs) > 1 and len(pairs) == len({name for name, _ in pairs}), sorted(pairs)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
