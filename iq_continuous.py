@@ -65,7 +65,7 @@ SETTINGS: dict[str, dict] = {
     "Ant": {"obs_dims": 27,  # without the contact forces: 3,498 instead of 127 at 20,000 steps (seed 1, an older expert)
             "pretrain_updates": 5_000, "cloning_weight": 0.05, "anneal_lr": 0.5, "restart_rate": 0.005,
             "target_rate": 0.02,  # a fall is a state that leads to itself, whose V falls in 1/((1 − γ) · rate) updates
-            "num_envs": 8, "updates_per_step": 0.125,  # falls are rare: eight times the play of an update each step
+            "num_envs": 8, "updates_per_step": 0.125,  # falls are rare: eight steps of play for each update
             "total_timesteps": 400_000, "cloning_steps": 400_000, "learning_starts": 5_000, "eval_every": 25_000,
             "eval_episodes": 20},
     "Humanoid": {"obs_dims": 45,  # positions and velocities, which are what its expert saw

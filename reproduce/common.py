@@ -104,7 +104,7 @@ def draw_curves(axis, curves: list[dict], labels: dict[str, str], methods) -> No
             mean, sd = (np.array([f(v) for v in values]) for f in (np.mean, np.std))
             axis.plot(steps, mean, label=method)
             axis.fill_between(steps, mean - sd, mean + sd, alpha=0.25)
-    axis.locator_params("x", nbins=5)  # six-digit steps would run into each other
+    axis.locator_params("x", nbins=4)  # six-digit steps would run into each other
 
 
 def mean_sd(rows: list[dict], name: str, digits: int = 1) -> str:
