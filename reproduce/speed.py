@@ -1,10 +1,10 @@
 """How much of the training loop is the bare work, sampling at two replay sizes, bytes per transition, peak memory.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python reproduce/speed.py
+    OMP_NUM_THREADS=1 taskset -c 0 python reproduce/speed.py --machine "a name for it"
 
 The bare work is forward, backward and optimiser step of the same network on a batch that is in place. The loop is
-`train()` with the environment stubbed and evaluation off. Both take turns; medians go to speed.csv and speed.md. Where a
-case says `--compile` the loop has it, and the bare work has not.
+`train()` with the environment stubbed and evaluation off. Both take turns; medians go to speed.csv and speed.md, a column
+for each machine, in place of an older one. Where a case says `--compile` the loop has it, and the bare work has not.
 """
 import resource
 import sys
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import ROOT, write_rows
+import tyro
+from common import ROOT, code_commit, read_rows, write_rows
 from gymnasium.spaces import Box, Discrete
 
 sys.path.insert(0, str(ROOT))
@@ -190,7 +191,18 @@ def sampling_seconds(size: int) -> float:
     return float(np.median(times))
 
 
-def main():
+def table(rows: list[dict]) -> str:
+    """Markdown: a line for each measure, a column for each machine."""
+    machines, measures = (list(dict.fromkeys(r[name] for r in rows)) for name in ("machine", "what"))
+    values = {(r["machine"], r["what"]): r["value"] for r in rows}
+    lines = ["| median | " + " | ".join(machines) + " |", "|---" * (1 + len(machines)) + "|"]
+    lines += [f"| {what} | {' | '.join(values.get((machine, what), '') for machine in machines)} |" for what in measures]
+    lines += ["", "With `--compile` the loop is compiled and the bare work beside it is not, so the ratio can pass 1."]
+    return "\n".join(lines) + "\n"
+
+
+def main(machine: str = "this machine"):
+    """Measure all cases; `machine` heads their column."""
     rows = []
     for name, module, args, shape, batch, updates in cases():
         make_envs, replay = module.make_envs, getattr(module, "Replay", None)
@@ -221,20 +233,20 @@ def main():
                  {"what": f"{name}: training loop, ms", "value": round(1e3 * loop, 3)},
                  {"what": f"{name}: bare / loop", "value": round(bare / loop, 2)},
                  {"what": f"{name}: updates per second", "value": round(1 / loop, 1)}]
-    for size in (10**4, 10**6, 10**4, 10**6):
+    for turn, size in ((turn, size) for turn in ("first", "second") for size in (10**4, 10**6)):
         microseconds = round(1e6 * sampling_seconds(size), 1)
-        rows.append({"what": f"CartPole: sample 32 of {size:,}, µs", "value": microseconds})
+        rows.append({"what": f"CartPole: sample 32 of {size:,}, {turn} turn, µs", "value": microseconds})
     replay = iq_atari.Replay(8000, 8, "cpu")
     size = sum(v.numel() * v.element_size() for v in vars(replay).values() if isinstance(v, torch.Tensor))
     rows.append({"what": "Atari replay, bytes per transition", "value": size / 8000})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     rows.append({"what": "this process's peak memory, MB", "value": peak})
-    write_rows(FOLDER / "speed.csv", rows)
-    text = "| what | median |\n|---|---|\n" + "".join(f"| {r['what']} | {r['value']} |\n" for r in rows)
-    text += "\nWith `--compile` the loop is compiled and the bare work beside it is not, so the ratio can pass 1.\n"
-    (FOLDER / "speed.md").write_text(text)
-    print(text)
+    origin = {"commit": code_commit(), "command": f"taskset -c 0 python reproduce/speed.py --machine '{machine}'"}
+    others = [r for r in read_rows(FOLDER / "speed.csv") if r["machine"] != machine]
+    write_rows(FOLDER / "speed.csv", others + [{"machine": machine} | row | origin for row in rows])
+    (FOLDER / "speed.md").write_text(table(read_rows(FOLDER / "speed.csv")))
+    print(table(read_rows(FOLDER / "speed.csv")))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

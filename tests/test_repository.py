@@ -72,7 +72,7 @@ def test_the_readme_is_short_and_has_one_line_for_each_set_up_command():
 
 
 @pytest.mark.parametrize("name", ["discrete", "pong", "figure2_offline", "table3_mujoco", "offline_mujoco", "table6_ilo",
-                                  "figure5_maze", "figure12_rewards"])
+                                  "figure5_maze", "figure12_rewards", "speed"])
 def test_the_tables_are_made_from_the_csv_files(name):
     """reproduce/<name>.md is what <name>.csv gives."""
     module = importlib.import_module(name)
