@@ -64,13 +64,13 @@ SETTINGS: dict[str, dict] = {
                  "anneal_lr": 0.5, "total_timesteps": 120_000},
     "Ant": {"obs_dims": 27,  # without the contact forces: 3,498 instead of 127 at 20,000 steps (seed 1, an older expert)
             "pretrain_updates": 5_000, "cloning_weight": 0.05, "anneal_lr": 0.5, "restart_rate": 0.005,
-            "target_rate": 0.02,  # a fall is a state that leads to itself, whose V falls in 1/((1 − γ) · rate) updates
+            "target_rate": 0.02,  # lying on the back leads to itself: V falls there by e in 1/((1 − γ)·rate) updates
             "num_envs": 8, "updates_per_step": 0.125,  # falls are rare: eight steps of play for each update
             "total_timesteps": 400_000, "cloning_steps": 400_000, "learning_starts": 5_000, "eval_every": 25_000,
             "eval_episodes": 20, "checkpoint_every": 50_000},  # one has the replay, 0.3 GB in the end
     "Humanoid": {"obs_dims": 45,  # positions and velocities, which are what its expert saw
                  "pretrain_updates": 5_000, "cloning_weight": 0.05, "anneal_lr": 0.33, "restart_rate": 0.005,
-                 "num_envs": 8, "updates_per_step": 0.33, "total_timesteps": 300_000, "cloning_steps": 150_000,
+                 "num_envs": 8, "updates_per_step": 0.33, "total_timesteps": 300_000, "cloning_steps": 150_000,  # as Ant
                  "learning_starts": 5_000, "eval_every": 25_000, "checkpoint_every": 50_000},  # 0.8 GB in the end
     "Pendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
     "InvertedPendulum": {"total_timesteps": 5_000, "eval_every": 1_000},

@@ -241,7 +241,8 @@ def main(machine: str = "this machine"):
     rows.append({"what": "Atari replay, bytes per transition", "value": size / 8000})
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     rows.append({"what": "this process's peak memory, MB", "value": peak})
-    origin = {"commit": code_commit(), "command": f"taskset -c 0 python reproduce/speed.py --machine '{machine}'"}
+    origin = {"commit": code_commit(), "command": f"python reproduce/speed.py --machine '{machine}'",
+              "threads": torch.get_num_threads()}
     others = [r for r in read_rows(FOLDER / "speed.csv") if r["machine"] != machine]
     write_rows(FOLDER / "speed.csv", others + [{"machine": machine} | row | origin for row in rows])
     (FOLDER / "speed.md").write_text(table(read_rows(FOLDER / "speed.csv")))

@@ -142,8 +142,11 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
     assert f"{pong[0]}, {pong[1]} and {pong[2]}" in (ROOT / "iq_atari.py").read_text()
     docstring = " ".join(importlib.import_module("iq_continuous").__doc__.split())
     for task in importlib.import_module("table3_mujoco").TASKS:
-        own, expert = (mean("table3_mujoco", name, task=task, method="iq") for name in ("eval_return", "expert"))
-        assert re.search(rf"{task} (scores )?{own:.0f} (± \d+ )?of (an expert's )?{expert:.0f}", docstring), task
+        named = {"task": task, "method": "iq"}
+        own, expert, steps = (mean("table3_mujoco", name, **named) for name in ("eval_return", "expert", "steps"))
+        cloned = mean("table3_mujoco", task=task, method="bc")
+        assert re.search(rf"{task} (scores )?{own:.0f} [^;]*of (an expert's )?{expert:.0f} [^;]*{steps:,.0f}[ ,][^;]*"
+                         rf"cloning (alone: )?{cloned:.0f}\b", docstring.replace("; cloning", ", cloning")), task
 
 
 # Least number of episodes in a file, where they are too large for the 30 of all the others.
