@@ -61,9 +61,9 @@ def table(rows: list[dict]) -> str:
                 lines.append(f"| {task} | {method} | {mean_sd(own, 'eval_return', 0)} | "
                              f"{' | '.join(fraction(own, of) for of in returns)} | {mean_sd(own, 'expert', 0)} | "
                              f"{float(own[0]['random']):.0f} | {len(own)} | {own[0]['steps']} | {minutes} |")
-    lines += ["", "HalfCheetah's rows, but the published settings', are seeds 106 to 110, Ant's 116 to 120, Humanoid's from "
-              "104; other rows begin with 101. Ant and Humanoid play in eight environments, with an update for eight and three "
-              "steps: 54,375 and 102,350 of them."]
+    lines += ["", "HalfCheetah's rows, but the published settings', are seeds 106 to 110, Ant's 116 to 120, Humanoid's "
+              "from 104; other rows begin with 101. Ant and Humanoid play in eight environments, with an update for "
+              "eight and three steps: 54,375 and 102,350 of them."]
     lines += ["", "| published, 500k steps | IQ-Learn | its expert | GAIL | DAC | ValueDICE |", "|---|---|---|---|---|---|"]
     lines += [f"| {task} | {' | '.join(map(str, numbers))} |" for task, numbers in PUBLISHED.items()]
     return "\n".join(lines) + "\n"
