@@ -582,7 +582,7 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
         initial_obs: `[M, 4, 84, 84]` states where episodes start, for `--value-loss v0`.
 
     Returns:
-        The loss and its terms, scalar tensors.
+        The loss, and what is logged: tensors whose mean is taken where it is reported.
     """
     obs, action, next_obs, terminated = batch
     γ, τ = args.gamma, args.temperature
@@ -611,10 +611,10 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
     rows = r[:n_expert] if args.chi2_rows == "expert" else r
     terms["chi2_term"] = (rows**2).mean() / (4 * args.chi2_alpha)
     loss = sum(terms.values())
-    means = {"value": V.mean(), "reward_expert": r[:n_expert].mean()}
+    logged = {"loss": loss, **terms, "value": V, "reward_expert": r[:n_expert]}
     if len(r) > n_expert:
-        means["reward_policy"] = r[n_expert:].mean()
-    return loss, {"loss": loss, **terms, **means}
+        logged["reward_policy"] = r[n_expert:]
+    return loss, logged
 
 
 def bc_loss(network, batch: Batch):
@@ -805,7 +805,7 @@ class Run:
         row = {"step": step, "updates": updates, "eval_return_mean": round(float(mean), 4),
                "eval_return_std": round(float(std), 4),
                "steps_per_second": round((count - first) / (now - self.first_time), 1),
-               "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in self.terms.items()}
+               "seconds": round(now - self.start, 1)} | {name: float(term.mean()) for name, term in self.terms.items()}
         self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
         names = dict.fromkeys(name for r in self.rows for name in r)
         with open(self.dir / "metrics.tmp", "w", newline="") as file:

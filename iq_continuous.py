@@ -542,7 +542,7 @@ def draw(demos: Demonstrations, n: int) -> Batch:
     """`n` transitions drawn with replacement, on their device."""
     action = demos.transitions.action
     index = torch.randint(len(action), (n,), device=action.device)
-    return Batch(*(field[index] for field in demos.transitions))
+    return Batch(*(field.index_select(0, index) for field in demos.transitions))
 
 
 class Replay:
@@ -557,13 +557,13 @@ class Replay:
         n = len(rows[0])
         index = torch.arange(self.written, self.written + n, device=self.device) % self.size
         for field, values in zip(self.storage, rows, strict=True):
-            field[index] = values
+            field.index_copy_(0, index, values)
         self.written += n
 
     def sample(self, n: int) -> list[torch.Tensor]:
         """`n` rows drawn with replacement from those written."""
         index = torch.randint(min(self.written, self.size), (n,), device=self.device)
-        return [field[index] for field in self.storage]
+        return [field.index_select(0, index) for field in self.storage]
 
     def state_dict(self) -> dict:
         return {"written": self.written, "storage": [field[: self.written].clone() for field in self.storage]}
@@ -597,7 +597,7 @@ def iq_loss(critic, target, actor: Actor, batch: Batch, fresh, n_expert: int, in
         initial_obs: `[M, *obs_shape]` states where episodes start, for `--value-loss v0`.
 
     Returns:
-        The loss and its terms, scalar tensors.
+        The loss, and what is logged: tensors whose mean is taken where it is reported.
     """
     obs, action, next_obs, terminated = batch
     γ, τ, α = args.gamma, args.temperature, args.chi2_alpha
@@ -629,10 +629,10 @@ def iq_loss(critic, target, actor: Actor, batch: Batch, fresh, n_expert: int, in
     rows = r[:n_expert] if args.chi2_rows == "expert" else r
     terms["chi2_term"] = (rows**2).mean() / (4 * α)
     loss = sum(terms.values())
-    means = {"value": V.mean(), "reward_expert": r[:n_expert].mean()}
+    logged = {"loss": loss, **terms, "value": V, "reward_expert": r[:n_expert]}
     if len(r) > n_expert:
-        means["reward_policy"] = r[n_expert:].mean()
-    return loss, {"loss": loss, **terms, **means}
+        logged["reward_policy"] = r[n_expert:]
+    return loss, logged
 
 
 def actor_loss(critic, obs: torch.Tensor, fresh, temperature: float) -> torch.Tensor:
@@ -824,7 +824,7 @@ class Run:
         row = {"step": step, "updates": updates, "eval_return_mean": round(float(mean), 4),
                "eval_return_std": round(float(std), 4),
                "steps_per_second": round((count - first) / (now - self.first_time), 1),
-               "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in self.terms.items()}
+               "seconds": round(now - self.start, 1)} | {name: float(term.mean()) for name, term in self.terms.items()}
         self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
         names = dict.fromkeys(name for r in self.rows for name in r)
         with open(self.dir / "metrics.tmp", "w", newline="") as file:

@@ -574,7 +574,7 @@ def draw(demos: Demonstrations, n: int) -> Batch:
     """`n` transitions drawn with replacement, on their device."""
     action = demos.transitions.action
     index = torch.randint(len(action), (n,), device=action.device)
-    return Batch(*(field[index] for field in demos.transitions))
+    return Batch(*(field.index_select(0, index) for field in demos.transitions))
 
 
 class Replay:
@@ -589,13 +589,13 @@ class Replay:
         n = len(rows[0])
         index = torch.arange(self.written, self.written + n, device=self.device) % self.size
         for field, values in zip(self.storage, rows, strict=True):
-            field[index] = values
+            field.index_copy_(0, index, values)
         self.written += n
 
     def sample(self, n: int) -> list[torch.Tensor]:
         """`n` rows drawn with replacement from those written."""
         index = torch.randint(min(self.written, self.size), (n,), device=self.device)
-        return [field[index] for field in self.storage]
+        return [field.index_select(0, index) for field in self.storage]
 
     def state_dict(self) -> dict:
         return {"written": self.written, "storage": [field[: self.written].clone() for field in self.storage]}
@@ -662,7 +662,7 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
         end_value: V(s') where an episode ended by itself, a scalar.
 
     Returns:
-        The loss and its terms, scalar tensors.
+        The loss, and what is logged: tensors whose mean is taken where it is reported.
     """
     obs, action, next_obs, terminated = batch
     γ, τ = args.gamma, args.temperature
@@ -695,10 +695,10 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
     if args.divergence == "w1":
         terms["gradient_penalty"] = args.gradient_penalty * gradient_penalty(network, batch, n_expert)
     loss = sum(terms.values())
-    means = {"value": V.mean(), "reward_expert": r[:n_expert].mean()}
+    logged = {"loss": loss, **terms, "value": V, "reward_expert": r[:n_expert]}
     if len(r) > n_expert:
-        means["reward_policy"] = r[n_expert:].mean()
-    return loss, {"loss": loss, **terms, **means}
+        logged["reward_policy"] = r[n_expert:]
+    return loss, logged
 
 
 def gradient_penalty(network, batch: Batch, n_expert: int) -> torch.Tensor:
@@ -908,7 +908,7 @@ class Run:
         row = {"step": step, "updates": updates, "eval_return_mean": round(float(mean), 4),
                "eval_return_std": round(float(std), 4),
                "steps_per_second": round((count - first) / (now - self.first_time), 1),
-               "seconds": round(now - self.start, 1)} | {name: float(term) for name, term in self.terms.items()}
+               "seconds": round(now - self.start, 1)} | {name: float(term.mean()) for name, term in self.terms.items()}
         self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
         names = dict.fromkeys(name for r in self.rows for name in r)
         with open(self.dir / "metrics.tmp", "w", newline="") as file:

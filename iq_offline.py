@@ -598,7 +598,7 @@ def draw(demos: Demonstrations, n: int) -> Batch:
     """`n` transitions drawn with replacement, on their device."""
     action = demos.transitions.action
     index = torch.randint(len(action), (n,), device=action.device)
-    return Batch(*(field[index] for field in demos.transitions))
+    return Batch(*(field.index_select(0, index) for field in demos.transitions))
 
 
 # --------------------------------------------------------------------------------------- IQ objective
@@ -660,7 +660,7 @@ def iq_loss(network, target, actor, batch: Batch, initial_obs: torch.Tensor, arg
         initial_obs: `[M, *obs_shape]` states where episodes start, for `--value-loss v0`.
 
     Returns:
-        The loss and its terms, scalar tensors.
+        The loss, and what is logged: tensors whose mean is taken where it is reported.
     """
     obs, action, next_obs, terminated = batch
     γ, τ = args.gamma, args.temperature
@@ -693,7 +693,7 @@ def iq_loss(network, target, actor, batch: Batch, initial_obs: torch.Tensor, arg
     if args.divergence == "w1":
         terms["gradient_penalty"] = args.gradient_penalty * gradient_penalty(network, actor, batch)
     loss = sum(terms.values())
-    return loss, {"loss": loss, **terms, "value": V.mean(), "reward_expert": r.mean()}
+    return loss, {"loss": loss, **terms, "value": V, "reward_expert": r}
 
 
 def actor_loss(network, actor, batch: Batch, args: Args):
@@ -937,7 +937,7 @@ class Run:
         if self.signum:
             return
         held = holdout_terms(*self.policy, self.demos.holdout, self.temperature) if self.demos.holdout else {}
-        terms = {name: float(term) for name, term in (self.terms | held).items()}
+        terms = {name: float(term.mean()) for name, term in (self.terms | held).items()}
         updates, now = self.updates, time.time()
         mean, std = (self.returns.mean(), self.returns.std()) if self.returns is not None else (np.nan, np.nan)
         row = {"step": 0, "updates": updates, "eval_return_mean": round(float(mean), 4),

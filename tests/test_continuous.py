@@ -169,7 +169,7 @@ def hand_loss(rows=HAND_ROWS, n_expert=2, q=HAND_Q, target=HAND_TARGET_Q, **sett
     batch, critic = hand_batch(rows), Table(q)
     loss, terms = iq.iq_loss(critic, critic if target is None else Table(target), None, batch,
                              table_sample(None, batch.obs), n_expert, one_hot(HAND_INITIAL), args)
-    return loss, {name: term.item() for name, term in terms.items()}, critic
+    return loss, {name: term.mean().item() for name, term in terms.items()}, critic
 
 
 @pytest.mark.parametrize("chi2_rows", ["expert", "both"])

@@ -64,7 +64,8 @@ def make_batch(script, rows, num_states):
 
 
 def numbers(terms):
-    return {name: float(term.detach()) for name, term in terms.items()}
+    """What the loss logs, as it is reported."""
+    return {name: term.mean().item() for name, term in terms.items()}
 
 
 def random_rows(n, num_states, num_actions, seed):
