@@ -23,6 +23,7 @@ import iq_discrete
 import iq_ilo
 
 FOLDER = Path(__file__).resolve().parent
+ACROBOT_GAINS = np.array([0, 0, 0, 1.0, 0.2, -0.3])  # of cosine and sine of each joint's angle, angular velocities
 CARTPOLE_GAINS = np.array([0.2, 0.5, 1.0, 1.2])  # of position, velocity, angle, angular velocity
 GRID_SWITCHES = ("random_walls", "random_start", "random_goal")
 
@@ -46,8 +47,8 @@ def cartpole_expert(env, obs):
 
 
 def acrobot_expert(env, obs):
-    """Torque against the first joint's velocity pumps energy into the swing."""
-    return 0 if obs[4] > 0 else 2
+    """Swings up by a rule that is linear in sin θ2 and both velocities, and that some 17 transitions show well."""
+    return 0 if ACROBOT_GAINS @ obs > 0 else 2
 
 
 class RandomActions(gym.ActionWrapper):
