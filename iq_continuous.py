@@ -876,10 +876,10 @@ class Run:
         return self.dir
 
 
-def make_averaging(*followers):
+def make_averaging(*averages):
     """Of `(average, network, rate)`, a function that moves each average's parameters, where it is not None, by `rate` of
     their distance to the network's (Polyak): all in one call, which costs small networks least."""
-    moves = [(mean, parameter, rate) for average, network, rate in followers if average is not None
+    moves = [(mean, parameter, rate) for average, network, rate in averages if average is not None
              for mean, parameter in zip(average.parameters(), network.parameters())]
     lists = [list(column) for column in zip(*moves)]  # means, parameters, rates
 

@@ -1021,10 +1021,10 @@ def make_gradient(loss_of, parameters: list[torch.Tensor], compiled: bool):
     return gradient
 
 
-def make_averaging(*followers):
+def make_averaging(*averages):
     """Of `(average, network, rate)`, a function that moves each average's parameters, where it is not None, by `rate` of
     their distance to the network's (Polyak): all in one call, which costs small networks least."""
-    moves = [(mean, parameter, rate) for average, network, rate in followers if average is not None
+    moves = [(mean, parameter, rate) for average, network, rate in averages if average is not None
              for mean, parameter in zip(average.parameters(), network.parameters())]
     lists = [list(column) for column in zip(*moves)]  # means, parameters, rates
 
