@@ -876,21 +876,6 @@ class Run:
         return self.dir
 
 
-def make_averaging(*averages):
-    """Of `(average, network, rate)`, a function that moves each average's parameters, where it is not None, by `rate` of
-    their distance to the network's (Polyak): all in one call, which costs small networks least."""
-    moves = [(mean, parameter, rate) for average, network, rate in averages if average is not None
-             for mean, parameter in zip(average.parameters(), network.parameters())]
-    lists = [list(column) for column in zip(*moves)]  # means, parameters, rates
-
-    def move_averages() -> None:
-        if lists:
-            with torch.no_grad():
-                torch._foreach_lerp_(*lists)
-
-    return move_averages
-
-
 def make_update(actor, critic, target, average, optimizers, n_expert: int, args: Args):
     """One gradient step of critic and actor as a function of tensors alone: the compile boundary.
 
@@ -899,7 +884,10 @@ def make_update(actor, critic, target, average, optimizers, n_expert: int, args:
     """
     actor_optimizer, critic_optimizer = optimizers
     actor_parameters = list(actor.parameters())
-    move_averages = make_averaging((target, critic, args.target_rate), (average, actor, args.average_rate))
+    polyak = ((target, critic, args.target_rate), (average, actor, args.average_rate))
+    moves = [(mean, parameter, rate) for follower, leader, rate in polyak if follower is not None
+             for mean, parameter in zip(follower.parameters(), leader.parameters())]
+    averages = [list(column) for column in zip(*moves)]  # means, parameters, rates: one call for all costs least
 
     def clone(batch: Batch) -> dict[str, torch.Tensor]:
         loss = cloning_loss(actor, batch, n_expert)
@@ -925,7 +913,8 @@ def make_update(actor, critic, target, average, optimizers, n_expert: int, args:
         actor_optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=actor_parameters)  # through the critic, not into it
         actor_optimizer.step()
-        move_averages()
+        with torch.no_grad():
+            torch._foreach_lerp_(*averages)
         return {name: term.detach() for name, term in terms.items()}
 
     return clone, torch.compile(update) if args.compile else update

@@ -1014,31 +1014,19 @@ def make_gradient(loss_of, parameters: list[torch.Tensor], compiled: bool):
         add_gradient = traces_backward(torch.compile(add_gradient, fullgraph=True))
 
     def gradient(*tensors) -> dict[str, torch.Tensor]:
-        for parameter in parameters:  # as `optimizer.zero_grad()` does, whose hooks take ten times as long
+        for parameter in parameters:  # as `optimizer.zero_grad()` does, without its hooks
             parameter.grad = None
         return add_gradient(*tensors)
 
     return gradient
 
 
-def make_averaging(*averages):
-    """Of `(average, network, rate)`, a function that moves each average's parameters, where it is not None, by `rate` of
-    their distance to the network's (Polyak): all in one call, which costs small networks least."""
-    moves = [(mean, parameter, rate) for average, network, rate in averages if average is not None
-             for mean, parameter in zip(average.parameters(), network.parameters())]
-    lists = [list(column) for column in zip(*moves)]  # means, parameters, rates
-
-    def move_averages() -> None:
-        if lists:
-            with torch.no_grad():
-                torch._foreach_lerp_(*lists)
-
-    return move_averages
-
-
 def make_update(network, target, actor, average, optimizer, actor_optimizer, args: Args):
     """One gradient step as a function of tensors alone."""
-    move_averages = make_averaging((target, network, args.target_rate), (average, actor or network, args.average_rate))
+    polyak = ((target, network, args.target_rate), (average, actor or network, args.average_rate))
+    moves = [(mean, parameter, rate) for follower, leader, rate in polyak if follower is not None
+             for mean, parameter in zip(follower.parameters(), leader.parameters())]
+    averages = [list(column) for column in zip(*moves)]  # means, parameters, rates: one call for all costs least
     if args.objective == "bc":  # each loss, whose gradient which network has, and what steps it
         losses = [(lambda batch, _: bc_loss(network, actor, batch), actor or network, actor_optimizer or optimizer)]
     else:
@@ -1053,7 +1041,9 @@ def make_update(network, target, actor, average, optimizer, actor_optimizer, arg
         for optimizer, gradient in steps:
             terms |= gradient(batch, initial_obs)
             optimizer.step()
-        move_averages()
+        if averages:
+            with torch.no_grad():
+                torch._foreach_lerp_(*averages)
         return terms
 
     return update

@@ -11,6 +11,8 @@ from torch import nn
 
 import iq_atari
 import iq_discrete
+import iq_ilo
+import iq_offline
 
 F64 = torch.float64
 DIVERGENCES = ["chi2", "tv", "kl", "forward_kl", "hellinger", "js", "w1"]
@@ -770,3 +772,46 @@ def test_default_chi2_strength_is_one_half():
     losses = [iq_discrete.iq_loss(script.table(HAND_Q), None, hand_batch(script), 2, script.encode([0], 3),
                                   replace(hand_args(script), chi2_alpha=alpha))[0].item() for alpha in (None, 0.5, 0.6)]
     assert losses[0] == losses[1] != losses[2]
+
+
+# --------------------------------------------------------------------------------------------------- updates
+@pytest.mark.parametrize("module", [iq_atari, iq_discrete, iq_ilo, iq_offline])
+def test_a_gradient_takes_the_place_of_the_one_before(module):
+    w = torch.ones(1, requires_grad=True)
+    gradient = module.make_gradient(lambda x: ((w * x).sum(), {"loss": w * x}), [w], False)
+    for x in (2.0, 5.0):
+        terms = gradient(torch.tensor([x]))
+        assert w.grad.item() == x == terms["loss"].item() and not terms["loss"].requires_grad
+
+
+def followers(module):
+    """An update that leaves its networks as they are, its inputs, and (follower, network, rate) of what follows them."""
+    args = module.Args(target_rate=0.1, average_rate=0.3)
+    obs, action, terminated = torch.rand(4, 4), torch.tensor([0, 1, 1, 0]), torch.zeros(4)
+    if module is iq_ilo:
+        args.missing_action = "replay"
+        network, target, average, average_critic = (iq_ilo.QNetwork((4,), 2, True, 8) for _ in range(4))
+        policy, average = iq_ilo.Softmax(network), iq_ilo.Softmax(average)
+        optimizers = (torch.optim.SGD(network.parameters(), lr=0.0), None, None)
+        update = iq_ilo.make_update(network, target, policy, average, average_critic, None, optimizers, 4, args)
+        inputs = iq_ilo.States(obs, obs, terminated), iq_ilo.Batch(obs, action, obs, terminated), obs
+        return update, inputs, [(target, network, 0.1), (average, policy, 0.3), (average_critic, network, 0.3)]
+    if module is iq_atari:
+        obs = torch.zeros(4, 4, 84, 84, dtype=torch.uint8)
+    network, target, average = (module.QNetwork(2) if module is iq_atari else module.QNetwork((4,), 2) for _ in range(3))
+    optimizer, n_expert = torch.optim.SGD(network.parameters(), lr=0.0), 2
+    rest = (None, average, optimizer, None) if module is iq_offline else (average, optimizer, n_expert)
+    update = module.make_update(network, target, *rest, args)
+    return update, (module.Batch(obs, action, obs, terminated), obs), [(target, network, 0.1), (average, network, 0.3)]
+
+
+@pytest.mark.parametrize("module", [iq_atari, iq_discrete, iq_ilo, iq_offline])
+def test_target_and_average_follow_their_networks_at_their_own_rates(module):
+    torch.manual_seed(0)
+    update, inputs, moves = followers(module)
+    before = [[p.detach().clone() for p in follower.parameters()] for follower, _, _ in moves]
+    update(*inputs)
+    for (follower, network, rate), old in zip(moves, before):
+        assert len(old) > 0
+        for p, q, o in zip(follower.parameters(), network.parameters(), old, strict=True):
+            torch.testing.assert_close(p, o + rate * (q - o))
