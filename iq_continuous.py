@@ -67,7 +67,7 @@ SETTINGS: dict[str, dict] = {
             "target_rate": 0.02,  # lying on the back leads to itself: V falls there by e in 1/((1 − γ)·rate) updates
             "num_envs": 8, "updates_per_step": 0.125,  # falls are rare: eight steps of play for each update
             "total_timesteps": 400_000, "cloning_steps": 400_000, "learning_starts": 5_000, "eval_every": 25_000,
-            "eval_episodes": 20, "checkpoint_every": 50_000},  # one has the replay, 0.3 GB in the end
+            "eval_episodes": 20, "checkpoint_every": 50_000},  # one has the replay, 0.4 GB in the end
     "Humanoid": {"obs_dims": 45,  # positions and velocities, which are what its expert saw
                  "pretrain_updates": 5_000, "cloning_weight": 0.05, "anneal_lr": 0.33, "restart_rate": 0.005,
                  "num_envs": 8, "updates_per_step": 0.33, "total_timesteps": 300_000, "cloning_steps": 150_000,  # as Ant

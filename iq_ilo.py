@@ -75,7 +75,7 @@ SETTINGS: dict[str, dict] = {
     "Hopper": {"gamma": 0.97, "temperature": 0.1, "anneal_lr": 0.5, "total_timesteps": 80_000},
     "Ant": {"obs_dims": 27,  # positions and velocities; much play and a quick target critic as in iq_continuous.py
             "target_rate": 0.02, "anneal_lr": 0.5, "num_envs": 8, "updates_per_step": 0.25, "learning_starts": 5_000,
-            "total_timesteps": 400_000, "eval_every": 25_000, "checkpoint_every": 50_000},  # one has the replay, 0.3 GB
+            "total_timesteps": 400_000, "eval_every": 25_000, "checkpoint_every": 50_000},  # one has the replay, 0.4 GB
     "Humanoid": {"obs_dims": 45},  # positions and velocities
     "Pendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
     "InvertedPendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
