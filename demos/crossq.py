@@ -3,9 +3,10 @@
 Some are trained with disturbed actions, since a gait that only just balances falls over in an imitator's hands: under
 noise of 0.1 Ant's fell from 4,315 to 3,765, and trained on under noise from 4,985 to 4,739. Recorded play is not disturbed.
 
-Training keeps its state in `<cache>/<environment>/`, every 5,000 steps (Humanoid's every 25,000), and goes on from there;
-progress.csv in it holds the mean and standard deviation of 10 deterministic episodes each time, and of 10 that are disturbed
-by the same noise. The policy that is recorded is the one with the highest mean less standard deviation of the latter.
+Training keeps its state in `<cache>/<environment>/`, every 5,000 steps (Humanoid's and Walker2d's every 25,000), and goes on
+from there; progress.csv in it holds the mean and standard deviation of 10 deterministic episodes each time, and of 10 that
+are disturbed by the same noise. The policy that is recorded is the one with the highest mean less standard deviation of the
+latter.
 """
 import csv
 from pathlib import Path
@@ -16,11 +17,12 @@ from sbx import CrossQ
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-# environment: mean return of the paper's expert, at which training stops; most steps
+# environment: mean return at which training stops, that of the paper's expert; most steps. Walker2d's is below the 5275 of the
+# paper's: no clone of the policies after it, of 5260 to 5384, walks (0.02 to 0.10 normalized), one of it does (1.00).
 TARGETS = {
     "Hopper-v5": (3533, 145_000),
     "HalfCheetah-v5": (5098, 200_000),
-    "Walker2d-v5": (5275, 220_000),
+    "Walker2d-v5": (5200, 400_000),
     "Ant-v5": (4700, 260_000),
     "Humanoid-v5": (5313, 575_000),
 }
@@ -29,7 +31,10 @@ LEFT_OUT = {"Ant-v5": SIMULATOR[-1:], "Humanoid-v5": SIMULATOR}
 # environment: standard deviation of the noise on actions, as a share of their bound, and the step from which on training
 # has it (Hopper's never: there it only chooses the policy)
 NOISE = {"HalfCheetah-v5": (0.2, 0), "Ant-v5": (0.2, 145_000), "Humanoid-v5": (0.1, 0), "Hopper-v5": (0.1, np.inf)}
-PACE = {"Humanoid-v5": (25_000, 8)}  # environment: steps between evaluations, environments side by side; else 5,000 and 1
+# environment: steps between evaluations, environments side by side (else 5,000 and 1)
+PACE = {"Humanoid-v5": (25_000, 8), "Walker2d-v5": (25_000, 16)}
+# 48 updates in one call, after three steps of 16 environments, run three times as fast as each on its own
+LEARNER = {"Walker2d-v5": {"train_freq": 3, "learning_starts": 2_000}}
 NETWORK = {"net_arch": {"pi": [256, 256], "qf": [256, 256]}}
 
 
@@ -90,7 +95,7 @@ def expert(env_id: str, cache: Path):
         model.load_replay_buffer(replay_path)
     else:
         model = CrossQ("MlpPolicy", envs(), seed=0, buffer_size=most, gradient_steps=-1,  # an update for each step
-                       policy_kwargs=NETWORK)
+                       policy_kwargs=NETWORK, **LEARNER.get(env_id, {}))
     while not reached() and model.num_timesteps < most:
         model.set_env(envs())
         model.learn(chunk, reset_num_timesteps=False)

@@ -132,7 +132,7 @@ TABLE = {
     "PongNoFrameskip-v4": (None, 30, 19.0, 12_000, 0.5),
     "Hopper-v5": (trained_expert, 25, 3_400.0, 20_000, 0.5),
     "HalfCheetah-v5": (trained_expert, 25, 4_900.0, 20_000, 0.5),
-    "Walker2d-v5": (trained_expert, 25, 4_600.0, 20_000, 0.5),
+    "Walker2d-v5": (trained_expert, 25, 5_000.0, 20_000, 0.5),
     "Ant-v5": (trained_expert, 25, 4_400.0, 20_000, 0.5),
     "Humanoid-v5": (trained_expert, 7, 4_900.0, 20_000, 0.5),
 }
