@@ -57,7 +57,7 @@ MUJOCO = {"hidden_size": 256}
 SETTINGS: dict[str, dict] = {
     "CartPole": {"temperature": 0.1, "hidden_layers": 0, "learning_rate": 3e-3, "total_updates": 3_000},
     "Acrobot": {"standardize_obs": False, "temperature": 0.1, "chi2_alpha": 5.0, "total_updates": 3_000},
-    "LunarLander": {"standardize_obs": False, "hidden_size": 512, "weight_decay": 0.3, "temperature": 1.0,
+    "LunarLander": {"standardize_obs": False, "hidden_size": 256, "weight_decay": 0.1, "temperature": 1.0,
                     "chi2_alpha": 50.0, "total_updates": 3_000},  # near to cloning
     "Hopper": MUJOCO | {"gamma": 0.97, "temperature": 0.1},  # as in iq_continuous.py
     "HalfCheetah": MUJOCO, "Walker2d": MUJOCO,

@@ -17,7 +17,6 @@ NUMBERS = (1, 3, 7, 10, 15)
 TASKS = {"CartPole": ("CartPole-v1", 20), "Acrobot": ("Acrobot-v1", 5), "LunarLander": ("LunarLander-v3", 5)}
 # W1 bounds the slope of Q, so its τ is small; no χ² joins it.
 METHODS = {"chi2": "", "w1": "--divergence w1 --temperature 0.01 --chi2-alpha None", "bc": "--objective bc"}
-W1 = {"LunarLander": " --hidden-size 256 --weight-decay 0.1"}  # the task's size before, with which W1's rows were run
 NAMES = {"chi2": "IQ-Learn, χ²", "w1": "IQ-Learn, W1", "bc": "cloning"}
 
 
@@ -75,7 +74,6 @@ def main(cores: tuple[int, ...] = (0, 1), only: str = "", numbers: tuple[int, ..
                     if only in task:
                         command = (f"iq_offline.py --env-id {env_id} --subsample-freq {k} --num-demos {n} --seed {seed} "
                                    f"--eval-every 1000000 --eval-episodes 20 {METHODS[method]}").strip()
-                        command += W1.get(task, "") * (method == "w1")
                         name = f"figure2_{task}_{n}_{method}_{seed}"
                         jobs.append(({"task": task, "demos": n, "method": method, "seed": seed},
                                      f"{command} --run-name {name}"))
