@@ -18,7 +18,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 # environment: mean return at which training stops, that of the paper's expert; most steps. Walker2d's is a little below the
-# paper's 5275: three of the four policies after it cannot be cloned (0.02 to 0.10 normalized), it can (1.00).
+# paper's 5275: of four later policies three could not be cloned (0.02 to 0.10 normalized), this one can (1.00).
 TARGETS = {
     "Hopper-v5": (3533, 145_000),
     "HalfCheetah-v5": (5098, 200_000),
