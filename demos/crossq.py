@@ -33,7 +33,8 @@ LEFT_OUT = {"Ant-v5": SIMULATOR[-1:], "Humanoid-v5": SIMULATOR}
 NOISE = {"HalfCheetah-v5": (0.2, 0), "Ant-v5": (0.2, 145_000), "Humanoid-v5": (0.1, 0), "Hopper-v5": (0.1, np.inf)}
 # environment: steps between evaluations, environments side by side (else 5,000 and 1)
 PACE = {"Humanoid-v5": (25_000, 8), "Walker2d-v5": (25_000, 16)}
-# 48 updates in one call, after three steps of 16 environments: some 200 steps a second on two cores, one by one 57 to 80 on one
+# 48 updates in one call, after three steps of 16 environments: some 200 steps a second on two cores, one by one 57 to 80
+# on one core
 LEARNER = {"Walker2d-v5": {"train_freq": 3, "learning_starts": 2_000}}
 NETWORK = {"net_arch": {"pi": [256, 256], "qf": [256, 256]}}
 
