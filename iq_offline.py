@@ -55,7 +55,8 @@ RANDOM_RETURN = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5, "Pe
 MUJOCO = {"hidden_size": 256}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
-    "CartPole": {"temperature": 0.1, "hidden_layers": 0, "learning_rate": 3e-3, "total_updates": 3_000},
+    "CartPole": {"standardize_obs": False, "hidden_layers": 0, "bias": False,  # linear, and mirrored as the task is
+                 "temperature": 0.1, "chi2_alpha": 5.0, "learning_rate": 1e-2, "total_updates": 3_000},
     "Acrobot": {"standardize_obs": False, "temperature": 0.1, "chi2_alpha": 5.0, "total_updates": 3_000},
     "LunarLander": {"standardize_obs": False, "hidden_size": 256, "weight_decay": 0.1, "temperature": 1.0,
                     "chi2_alpha": 50.0, "total_updates": 3_000},  # near to cloning
@@ -93,6 +94,7 @@ class Args:
     # The network
     hidden_size: int = 64  # units of a hidden layer
     hidden_layers: int = 2  # of the networks; 0: linear in the observation
+    bias: bool = True  # of the layers; without, a linear Q has no preference where the observation is zero
     obs_dims: int = 0  # entries of an observation that the networks see, the first ones; 0: all
     standardize_obs: bool = True  # standardise observations by the demonstrations
     # Optimisation
@@ -258,15 +260,15 @@ class QNetwork(nn.Module):
     """
 
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, action_dim: int = 0, hidden_size: int = 64,
-                 hidden_layers: int = 2, q_bound: float = 0.0, obs_limit: float = 10.0):
+                 hidden_layers: int = 2, bias: bool = True, q_bound: float = 0.0, obs_limit: float = 10.0):
         super().__init__()
         self.sizes = {"obs_shape": tuple(obs_shape), "num_actions": num_actions, "action_dim": action_dim,
-                      "hidden_size": hidden_size, "hidden_layers": hidden_layers, "q_bound": q_bound,
+                      "hidden_size": hidden_size, "hidden_layers": hidden_layers, "bias": bias, "q_bound": q_bound,
                       "obs_limit": obs_limit}
         self.q_bound, self.obs_limit = q_bound, obs_limit
         self.register_buffer("obs_mean", torch.zeros(obs_shape))
         self.register_buffer("obs_std", torch.ones(obs_shape))
-        self.layers = mlp(int(np.prod(obs_shape)) + action_dim, hidden_size, hidden_layers, num_actions or 1)
+        self.layers = mlp(int(np.prod(obs_shape)) + action_dim, hidden_size, hidden_layers, num_actions or 1, bias)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor | None = None) -> torch.Tensor:
         x = ((obs - self.obs_mean) / self.obs_std).clamp(-self.obs_limit, self.obs_limit).flatten(1)
@@ -281,16 +283,16 @@ class Actor(nn.Module):
     LOG_STD = (-5.0, 2.0)  # least and greatest
 
     def __init__(self, obs_shape: tuple[int, ...], low: list[float], high: list[float], hidden_size: int = 64,
-                 hidden_layers: int = 2, obs_limit: float = 10.0):
+                 hidden_layers: int = 2, bias: bool = True, obs_limit: float = 10.0):
         super().__init__()
         self.sizes = {"obs_shape": tuple(obs_shape), "low": list(low), "high": list(high), "hidden_size": hidden_size,
-                      "hidden_layers": hidden_layers, "obs_limit": obs_limit}
+                      "hidden_layers": hidden_layers, "bias": bias, "obs_limit": obs_limit}
         self.obs_limit = obs_limit
         self.register_buffer("center", (torch.tensor(high) + torch.tensor(low)) / 2)
         self.register_buffer("scale", (torch.tensor(high) - torch.tensor(low)) / 2)
         self.register_buffer("obs_mean", torch.zeros(obs_shape))
         self.register_buffer("obs_std", torch.ones(obs_shape))
-        self.layers = mlp(int(np.prod(obs_shape)), hidden_size, hidden_layers, 2 * len(low))
+        self.layers = mlp(int(np.prod(obs_shape)), hidden_size, hidden_layers, 2 * len(low), bias)
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = ((obs - self.obs_mean) / self.obs_std).clamp(-self.obs_limit, self.obs_limit).flatten(1)
@@ -325,11 +327,11 @@ def sample_action(actor: Actor, obs: torch.Tensor) -> tuple[torch.Tensor, torch.
     return torch.tanh(before_tanh), log_density(mean, log_std, before_tanh)
 
 
-def mlp(inputs: int, hidden_size: int, hidden_layers: int, outputs: int) -> nn.Sequential:
+def mlp(inputs: int, hidden_size: int, hidden_layers: int, outputs: int, bias: bool) -> nn.Sequential:
     """Linear layers with ReLU between them."""
     widths = [inputs, *[hidden_size] * hidden_layers]
-    hidden = [layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
-    return nn.Sequential(*hidden, nn.Linear(widths[-1], outputs))
+    hidden = [layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair, bias), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(widths[-1], outputs, bias))
 
 
 # --------------------------------------------------------------------------- Demonstrations and replay
@@ -1065,7 +1067,7 @@ def train(args: Args) -> Path:
     obs_shape, num_actions, action_low, action_high = demos.spaces
 
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
-    size = (args.hidden_size, args.hidden_layers)
+    size = (args.hidden_size, args.hidden_layers, args.bias)
     limit = 10.0 if args.standardize_obs else np.inf  # deviations; raw observations are the network's as they are
     network = QNetwork(obs_shape, num_actions, len(action_low), *size, q_bound, limit).to(device)
     actor = None if num_actions else Actor(obs_shape, action_low, action_high, *size, limit).to(device)

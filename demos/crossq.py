@@ -6,9 +6,10 @@ noise of 0.1 Ant's fell from 4,315 to 3,765, and trained on under noise from 4,9
 Training keeps its state in `<cache>/<environment>/`, every 5,000 steps (Humanoid's and Walker2d's every 25,000), and goes on
 from there; progress.csv in it holds the mean and standard deviation of 10 deterministic episodes each time, and of 10 that
 are disturbed by the same noise. The policy that is recorded is the one with the highest mean less standard deviation of the
-latter.
+latter; where TAUGHT names the environment, the first good one whose episodes can be cloned, and training stops with it.
 """
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium as gym
@@ -17,12 +18,11 @@ from sbx import CrossQ
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-# environment: mean return at which training stops, that of the paper's expert; most steps. Walker2d's is a little below the
-# paper's 5275: of four later policies three could not be cloned (0.02 to 0.10 normalized), this one can (1.00).
+# environment: mean return at which training stops, that of the paper's expert (Walker2d's a little less); most steps
 TARGETS = {
     "Hopper-v5": (3533, 145_000),
     "HalfCheetah-v5": (5098, 200_000),
-    "Walker2d-v5": (5200, 400_000),
+    "Walker2d-v5": (5150, 700_000),
     "Ant-v5": (4700, 260_000),
     "Humanoid-v5": (5313, 575_000),
 }
@@ -36,6 +36,9 @@ PACE = {"Humanoid-v5": (25_000, 8), "Walker2d-v5": (25_000, 16)}
 # 48 updates in one call, after three steps of 16 environments: some 200 steps a second on two cores, one by one 57 to 80
 # on one core
 LEARNER = {"Walker2d-v5": {"train_freq": 3, "learning_starts": 2_000}}
+# Where most good policies cannot be cloned: of six of Walker2d's that return 5200 to 5420, four read 0.02 to 0.10 normalized,
+# two 0.88 and 1.00.
+TAUGHT = {"Walker2d-v5"}
 NETWORK = {"net_arch": {"pi": [256, 256], "qf": [256, 256]}}
 
 
@@ -71,11 +74,21 @@ def returns_of(model, env_id: str, noise: float, episodes: int = 10) -> np.ndarr
     return np.array(returns)
 
 
-def expert(env_id: str, cache: Path):
-    """The trained policy, as `record.py` calls it; training goes on where `cache` stops."""
+def policy_of(model) -> Callable:
+    """The deterministic action of `model` at an observation of the full length, as `record.py` plays it."""
+    seen = model.observation_space.shape[0]
+    return lambda env, obs: model.predict(obs[:seen], deterministic=True)[0]
+
+
+def expert(env_id: str, cache: Path, teaches: Callable) -> Callable:
+    """The trained policy, as `record.py` plays it; training goes on where `cache` stops.
+
+    `teaches(policy)` tells whether its episodes can be cloned; asked only where TAUGHT says.
+    """
     folder = cache / env_id
     folder.mkdir(parents=True, exist_ok=True)
     progress, model_path, replay_path = folder / "progress.csv", folder / "model.zip", folder / "replay.pkl"
+    best = folder / "best.zip"
     rows = []
     if progress.exists():
         with open(progress) as file:
@@ -84,8 +97,12 @@ def expert(env_id: str, cache: Path):
     noise, noise_from = NOISE.get(env_id, (0.0, 0))
     chunk, num_envs = PACE.get(env_id, (5_000, 1))
 
-    def reached():  # one lucky evaluation of a swinging policy is no expert: it must also be steady
-        return any(mean >= target and sd < 0.1 * disturbed for _, mean, _, disturbed, sd in rows)
+    def good(row):  # one lucky evaluation of a swinging policy is no expert: it must also be steady
+        _, mean, _, disturbed, sd = row
+        return mean >= target and sd < 0.1 * disturbed
+
+    def reached():
+        return best.exists() if env_id in TAUGHT else any(map(good, rows))
 
     def envs():
         now = noise if (rows[-1][0] if rows else 0) >= noise_from else 0.0
@@ -105,12 +122,12 @@ def expert(env_id: str, cache: Path):
         rows.append((model.num_timesteps, plain.mean(), plain.std(), disturbed.mean(), disturbed.std()))
         print(f"{env_id}: {model.num_timesteps} steps, return {plain.mean():.0f} ± {plain.std():.0f}, disturbed "
               f"{disturbed.mean():.0f} ± {disturbed.std():.0f}", flush=True)
-        if rows[-1][3] - rows[-1][4] == max(mean - sd for *_, mean, sd in rows):
-            model.save(folder / "best.zip")
+        if (good(rows[-1]) and teaches(policy_of(model)) if env_id in TAUGHT
+                else rows[-1][3] - rows[-1][4] == max(mean - sd for *_, mean, sd in rows)):
+            model.save(best)
         model.save(model_path)
         model.save_replay_buffer(replay_path)
         with open(progress, "w", newline="") as file:
             csv.writer(file).writerows(rows)
-    best = CrossQ.load(folder / "best.zip")
-    seen = best.observation_space.shape[0]
-    return lambda env, obs: best.predict(obs[:seen], deterministic=True)[0]
+    assert best.exists(), f"no good policy of {env_id} could be cloned within {most} steps"
+    return policy_of(CrossQ.load(best))

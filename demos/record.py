@@ -98,11 +98,14 @@ def maze_expert(env, obs):
     return np.clip(10 * (aim - position) - 3 * velocity, -1, 1).astype(np.float32)
 
 
-def trained_expert(env_id: str, cache: Path):
-    """A policy of CrossQ, trained now or taken from `cache`."""
+def trained_expert(args: Args):
+    """A policy of CrossQ, trained now or taken from `args.cache`."""
     import crossq
 
-    return crossq.expert(env_id, cache)
+    def teaches(policy) -> bool:
+        return args.clone_updates == 0 or clone_normalized(args, record(args, policy)) >= TABLE[args.env_id][4]
+
+    return crossq.expert(args.env_id, args.cache, teaches)
 
 
 @cache
@@ -139,8 +142,9 @@ TABLE = {
 RANDOM_GRIDS = 1_000  # episodes where walls, start or goal are random: most of what a clone needs is more grids
 
 
-def record(args: Args) -> dict[str, np.ndarray]:
-    """Play whole episodes one after another and return the arrays of the demonstration format."""
+def record(args: Args, policy=None) -> dict[str, np.ndarray]:
+    """Play whole episodes one after another, of `policy` or else of the table's expert, and return the arrays of the
+    demonstration format."""
     expert, episodes, *_ = TABLE[args.env_id]
     switches = {name: getattr(args, name) for name in GRID_SWITCHES if getattr(args, name)}
     episodes = args.episodes or (RANDOM_GRIDS if switches and expert is grid_expert else episodes)
@@ -149,7 +153,7 @@ def record(args: Args) -> dict[str, np.ndarray]:
 
         return pong.record(episodes, args.seed, args.cache / "pong")
     if expert is trained_expert:
-        expert = trained_expert(args.env_id, args.cache)
+        expert = policy or trained_expert(args)
     env = gym.make(args.env_id, **switches)
     columns = {name: [] for name in ("observations", "actions", "terminations", "truncations", "rewards")}
     lengths = []
@@ -183,46 +187,47 @@ def episode_returns(arrays: dict[str, np.ndarray]) -> np.ndarray:
     return np.add.reduceat(arrays["rewards"].astype(np.float64), first)
 
 
-def clone_normalized(args: Args, path: Path, folder: str, updates: int) -> float:
-    """Normalized return of behavioural cloning on all the demonstrations of `path`."""
-    common = dict(env_id=args.env_id, demos=str(path), num_demos=0, pretrain_updates=updates, total_timesteps=0,
-                  eval_every=updates, out_dir=folder, run_name="clone")
-    if args.env_id.startswith("PointMaze"):  # iq_continuous.py has no flag for it
-        gym.spec(args.env_id).kwargs["random_start"] = args.random_start
-    if TABLE[args.env_id][0] in (trained_expert, pendulum_expert, maze_expert):
-        module, settings = iq_continuous, iq_continuous.Args(**common, batch_size=256, actor_lr=3e-4)
-    elif args.env_id.startswith("Pong"):
-        module, settings = iq_atari, iq_atari.Args(**common, objective="bc")
-    else:
-        switches = {name: getattr(args, name) for name in GRID_SWITCHES}
-        module, settings = iq_discrete, iq_discrete.Args(**common, objective="bc", **switches)
-        if any(switches.values()):
-            settings = iq_discrete.replace(settings, network="cnn", hidden_size=32)
-    module.train(settings)
-    *_, saved = module.load_model(f"{folder}/clone/model.pt")
-    row = (Path(folder) / "clone" / "metrics.csv").read_text().splitlines()[-1].split(",")
-    return (float(row[2]) - saved["random_return"]) / (saved["expert_return"] - saved["random_return"])
+def clone_normalized(args: Args, arrays: dict[str, np.ndarray]) -> float:
+    """Normalized return of behavioural cloning on all the demonstrations."""
+    updates = TABLE[args.env_id][3] if args.clone_updates is None else args.clone_updates
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "demonstrations.npz"
+        np.savez_compressed(path, **arrays)
+        common = dict(env_id=args.env_id, demos=str(path), num_demos=0, pretrain_updates=updates, total_timesteps=0,
+                      eval_every=updates, out_dir=folder, run_name="clone")
+        if args.env_id.startswith("PointMaze"):  # iq_continuous.py has no flag for it
+            gym.spec(args.env_id).kwargs["random_start"] = args.random_start
+        if TABLE[args.env_id][0] in (trained_expert, pendulum_expert, maze_expert):
+            module, settings = iq_continuous, iq_continuous.Args(**common, batch_size=256, actor_lr=3e-4)
+        elif args.env_id.startswith("Pong"):
+            module, settings = iq_atari, iq_atari.Args(**common, objective="bc")
+        else:
+            switches = {name: getattr(args, name) for name in GRID_SWITCHES}
+            module, settings = iq_discrete, iq_discrete.Args(**common, objective="bc", **switches)
+            if any(switches.values()):
+                settings = iq_discrete.replace(settings, network="cnn", hidden_size=32)
+        module.train(settings)
+        *_, saved = module.load_model(f"{folder}/clone/model.pt")
+        row = (Path(folder) / "clone" / "metrics.csv").read_text().splitlines()[-1].split(",")
+    clone = (float(row[2]) - saved["random_return"]) / (saved["expert_return"] - saved["random_return"])
+    print(f"a clone of them reaches a normalized return of {clone:.2f}", flush=True)
+    return clone
 
 
 def main():
     args = tyro.cli(Args)
     start = time.time()
     arrays = record(args)
-    _, _, least, clone_updates, clone_least = TABLE[args.env_id]
+    _, _, least, _, clone_least = TABLE[args.env_id]
     returns = episode_returns(arrays)
     print(f"{args.env_id}: {len(returns)} episodes, {arrays['episode_lengths'].sum()} transitions, "
           f"return {returns.mean():.1f} ± {returns.std():.1f}, {(time.time() - start) / 60:.1f} minutes")
     assert returns.mean() >= least, f"mean return {returns.mean():.1f} below {least}: nothing written"
+    if args.clone_updates != 0:
+        assert clone_normalized(args, arrays) >= clone_least, f"the clone is below {clone_least}: nothing written"
     name = args.env_id + "".join("-" + s.replace("_", "-") for s in GRID_SWITCHES if getattr(args, s))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.npz"
-        np.savez_compressed(path, **arrays)
-        clone_updates = clone_updates if args.clone_updates is None else args.clone_updates
-        if clone_updates:
-            clone = clone_normalized(args, path, folder, clone_updates)
-            print(f"a clone of them reaches a normalized return of {clone:.2f}")
-            assert clone >= clone_least, f"the clone is below {clone_least}: nothing written"
-        (args.out or FOLDER / f"{name}.npz").write_bytes(path.read_bytes())
+    with open(args.out or FOLDER / f"{name}.npz", "wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 if __name__ == "__main__":
