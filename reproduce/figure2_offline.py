@@ -4,12 +4,15 @@
 
 Writes figure2_offline.csv, a row for each run, figure2_offline.md, the table, and figure2_offline.png. A second call
 goes on where the first was stopped. Seeds 111 to 115 were not tuned on; NOTES.md says what had been read on 101 to 105.
+
+Where few trajectories are drawn, which ones decides more than the method: figure2_draws.csv has 20 more seeds there, each
+with its own, and the second table of figure2_offline.md their spread.
 """
 from pathlib import Path
 
 import numpy as np
 import tyro
-from common import mean_sd, run_all
+from common import mean_sd, read_rows, run_all
 
 FOLDER = Path(__file__).resolve().parent
 SEEDS = range(111, 116)
@@ -17,11 +20,15 @@ NUMBERS = (1, 3, 7, 10, 15)
 TASKS = {"CartPole": ("CartPole-v1", 20), "Acrobot": ("Acrobot-v1", 5), "LunarLander": ("LunarLander-v3", 5)}
 # W1 bounds the slope of Q, so its τ is small; no χ² joins it.
 METHODS = {"chi2": "", "w1": "--divergence w1 --temperature 0.01 --chi2-alpha None", "bc": "--objective bc"}
+DRAWS = range(241, 261)  # seeds of the second table, which nothing was tuned on
+MORE = FOLDER / "figure2_draws.csv"
+FEW = {"CartPole": (1,), "Acrobot": (1,), "LunarLander": (1, 3)}  # trajectories there
 NAMES = {"chi2": "IQ-Learn, χ²", "w1": "IQ-Learn, W1", "bc": "cloning"}
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: one line for each task and number of trajectories; a method with runs missing has an empty cell."""
+    """Markdown: one line for each task and number of trajectories; a method with runs missing has an empty cell. Then the
+    spread over more draws."""
     lines = ["| task | trajectories | IQ-Learn, χ² | IQ-Learn, W1 | cloning | expert | random | updates |",
              "|---|---|---|---|---|---|---|---|"]
     for task in TASKS:
@@ -32,7 +39,23 @@ def table(rows: list[dict]) -> str:
                 scores = " | ".join(mean_sd(runs, "eval_return") if len(runs) == len(SEEDS) else "" for runs in own.values())
                 lines.append(f"| {task} | {n} | {scores} | {mean_sd(own['chi2'], 'expert')} | {own['chi2'][0]['random']} | "
                              f"{own['chi2'][0]['updates']} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *spread(read_rows(MORE))]) + "\n"
+
+
+def spread(rows: list[dict]) -> list[str]:
+    """Lines of markdown: mean ± deviation, median and least over the 20 more draws, IQ-Learn beside cloning."""
+    lines = [f"| {len(DRAWS)} other draws | trajectories | IQ-Learn, χ² | median, least | cloning | median, least |",
+             "|---|---|---|---|---|---|"]
+    for task, numbers in FEW.items():
+        for n in numbers:
+            cells = []
+            for method in ("chi2", "bc"):
+                runs = [r for r in rows if (r["task"], r["demos"], r["method"]) == (task, str(n), method)]
+                returns = [float(r["eval_return"]) for r in runs]
+                full = len(runs) == len(DRAWS)
+                cells += [mean_sd(runs, "eval_return"), f"{np.median(returns):.1f}, {min(returns):.1f}"] if full else ["", ""]
+            lines.append(f"| {task} | {n} | {' | '.join(cells)} |")
+    return lines
 
 
 def figure(rows: list[dict], path: Path) -> None:
@@ -62,22 +85,27 @@ def figure(rows: list[dict], path: Path) -> None:
     fig.savefig(path, dpi=120)
 
 
+def command(task: str, n: int, method: str, seed: int, name: str) -> str:
+    """The run of one point of a panel."""
+    env_id, k = TASKS[task]
+    flags = (f"iq_offline.py --env-id {env_id} --subsample-freq {k} --num-demos {n} --seed {seed} "
+             f"--eval-every 1000000 --eval-episodes 20 {METHODS[method]}").strip()
+    return f"{flags} --run-name {name}_{task}_{n}_{method}_{seed}"
+
+
 def main(cores: tuple[int, ...] = (0, 1), only: str = "", numbers: tuple[int, ...] = NUMBERS,
-         methods: tuple[str, ...] = tuple(METHODS)):
+         methods: tuple[str, ...] = tuple(METHODS), draws: bool = True):
     """Run what is missing; `cores` names the cores to run on; `only` keeps the tasks whose name contains it, `numbers`
-    and `methods` some of the others."""
-    jobs = []
-    for n in numbers:
-        for task, (env_id, k) in TASKS.items():
-            for method in methods:
-                for seed in SEEDS:
-                    if only in task:
-                        command = (f"iq_offline.py --env-id {env_id} --subsample-freq {k} --num-demos {n} --seed {seed} "
-                                   f"--eval-every 1000000 --eval-episodes 20 {METHODS[method]}").strip()
-                        name = f"figure2_{task}_{n}_{method}_{seed}"
-                        jobs.append(({"task": task, "demos": n, "method": method, "seed": seed},
-                                     f"{command} --run-name {name}"))
-    rows = run_all(jobs, FOLDER / "figure2_offline.csv", cores=cores)
+    and `methods` some of the others; `draws` False leaves the second table's runs out."""
+    def jobs(name, seeds, counts, methods):
+        return [({"task": task, "demos": n, "method": method, "seed": seed}, command(task, n, method, seed, name))
+                for n in numbers for task in TASKS if only in task and n in counts[task] for method in methods
+                for seed in seeds]
+
+    points = jobs("figure2", SEEDS, dict.fromkeys(TASKS, NUMBERS), methods)
+    rows = run_all(points, FOLDER / "figure2_offline.csv", cores=cores)
+    if draws:
+        run_all(jobs("draws", DRAWS, FEW, [method for method in ("chi2", "bc") if method in methods]), MORE, cores=cores)
     (FOLDER / "figure2_offline.md").write_text(table(rows))
     figure(rows, FOLDER / "figure2_offline.png")
     print(table(rows))
