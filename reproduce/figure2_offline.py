@@ -52,8 +52,8 @@ def spread(rows: list[dict]) -> list[str]:
             for method in ("chi2", "bc"):
                 runs = [r for r in rows if (r["task"], r["demos"], r["method"]) == (task, str(n), method)]
                 returns = [float(r["eval_return"]) for r in runs]
-                full = len(runs) == len(DRAWS)
-                cells += [mean_sd(runs, "eval_return"), f"{np.median(returns):.1f}, {min(returns):.1f}"] if full else ["", ""]
+                cells += ([mean_sd(runs, "eval_return"), f"{np.median(returns):.1f}, {min(returns):.1f}"]
+                          if len(runs) == len(DRAWS) else ["", ""])
             lines.append(f"| {task} | {n} | {' | '.join(cells)} |")
     return lines
 
