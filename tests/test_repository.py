@@ -121,17 +121,17 @@ def mean(name: str, column: str = "eval_return", **labels: str) -> float:
 
 
 def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
-    one, offline, paper = {"demos": "1"}, {"demos": "10"}, "iq, published settings"
+    one, offline = {"demos": "1"}, {"demos": "10"}
     curve = {"name": "pong_curves", "column": "eval_return_mean", "updates": "4000"}
     sentences = [
         f"LunarLander ({mean('discrete', task='LunarLander', method='bc', **one):.0f} to "
         f"{mean('discrete', task='LunarLander', method='iq', **one):.0f}; "
         f"{mean('discrete', task='LunarLander, play in the loss', **one):.0f} with".replace("-", "−"),
-        f"`--preset paper`: {mean('table3_mujoco', task='HalfCheetah-v5', method=paper):.0f} on HalfCheetah, "
-        f"{mean('table3_mujoco', task='Hopper-v5', method=paper):.0f} on Hopper",
         f"they score {mean(method='iq', **curve):.1f}, clones {mean(method='bc', **curve):.1f}",
         f"Walker2d reaches {mean('offline_mujoco', task='Walker2d-v5', method='iq', **offline):.0f} "
         f"(cloning {mean('offline_mujoco', task='Walker2d-v5', method='bc', **offline):.0f})",
+        f"over 20 others {mean('figure2_draws', task='CartPole', method='chi2'):.0f} "
+        f"(cloning {mean('figure2_draws', task='CartPole', method='bc'):.0f})",
         f"Ant {mean('offline_mujoco', task='Ant-v5', method='iq', **offline):.0f} "
         f"({mean('offline_mujoco', task='Ant-v5', method='bc', **offline):.0f})",
     ]
