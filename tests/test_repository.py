@@ -128,7 +128,7 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
         f"{mean('discrete', task='LunarLander', method='iq', **one):.0f}; "
         f"{mean('discrete', task='LunarLander, play in the loss', **one):.0f} with".replace("-", "−"),
         f"they score {mean(method='iq', **curve):.1f}, clones {mean(method='bc', **curve):.1f}",
-        f"Walker2d reaches {mean('offline_mujoco', task='Walker2d-v5', method='iq', **offline):.0f} "
+        f"Walker2d has {mean('offline_mujoco', task='Walker2d-v5', method='iq', **offline):.0f} "
         f"(cloning {mean('offline_mujoco', task='Walker2d-v5', method='bc', **offline):.0f})",
         f"over 20 others {mean('figure2_draws', task='CartPole', method='chi2'):.0f} "
         f"(cloning {mean('figure2_draws', task='CartPole', method='bc'):.0f})",
