@@ -485,6 +485,16 @@ def test_settings_of_an_environment_never_override_a_flag(command, tmp_path):
     assert json.loads((tmp_path / "run" / "args.json").read_text())["hidden_layers"] == own["hidden_layers"]
 
 
+def test_linear_without_a_bias_it_mirrors_with_the_state(command, tmp_path):
+    """CartPole's setting; the same flags with a bias do not."""
+    obs = torch.randn(64, 4)
+    for name, flags, mirrors in (("own", [], True), ("biased", ["--bias"], False)):
+        argv = command("--env-id", "CartPole-v1", "--demos", DISCRETE, "--eval-every", "0", "--run-name", name, *flags)
+        assert iq_offline.main(argv) == 0
+        network, _, _ = iq_offline.load_model(tmp_path / name / "model.pt")
+        assert torch.allclose(network(-obs), -network(obs), atol=1e-6) is mirrors
+
+
 # ---------------------------------------------------------------------------------------------------- learning
 def final_return(capsys, *flags):
     assert iq_offline.main([*map(str, flags)]) == 0
