@@ -663,7 +663,7 @@ def test_no_absorbing_state_where_it_is_not_defined(ends, flags, command, left_o
 
 @pytest.mark.parametrize("script, env_id, words", [("iq_discrete", "LunarLander-v3", "(default: 50.0)"),
                                                    ("iq_continuous", "Hopper-v5", "(default: 0.97)"),
-                                                   ("iq_offline", "LunarLander-v3", "(default: 50.0)"),
+                                                   ("iq_offline", "LunarLander-v3", "(default: 256)"),
                                                    ("iq_ilo", "LunarLander-v3", "(default: 5000)")])
 def test_help_shows_the_settings_of_the_environment(script, env_id, words, capsys):
     for arguments, there in ((["--env-id", env_id, "--help"], True), (["--env-id", "Acrobot-v1", "--help"], False)):
