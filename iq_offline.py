@@ -58,7 +58,7 @@ MUJOCO = {"hidden_size": 256}
 SETTINGS: dict[str, dict] = {
     "CartPole": {"standardize_obs": False, "hidden_layers": 0, "bias": False,  # linear, and mirrored as the task is
                  "temperature": 0.1, "chi2_alpha": 5.0, "learning_rate": 1e-2, "total_updates": 3_000},
-    "Acrobot": {"standardize_obs": False, "hidden_layers": 0, "bias": False,  # as its expert is, too
+    "Acrobot": {"standardize_obs": False, "hidden_layers": 0, "bias": False,  # linear and mirrored, too
                 "temperature": 1.0, "chi2_alpha": 50.0, "learning_rate": 1e-2, "total_updates": 3_000},
     "LunarLander": {"standardize_obs": False, "hidden_size": 256, "weight_decay": 0.1, "temperature": 1.0,
                     "chi2_alpha": 50.0, "total_updates": 3_000},  # near to cloning
