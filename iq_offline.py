@@ -56,9 +56,9 @@ RANDOM_RETURN = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5, "Pe
 MUJOCO = {"hidden_size": 256}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
-    "CartPole": {"standardize_obs": False, "hidden_layers": 0, "bias": False,  # linear, and mirrored as the task is
+    "CartPole": {"standardize_obs": False, "hidden_layers": 0, "bias": False,  # linear, Q(−s, a) = −Q(s, a): it mirrors
                  "temperature": 0.1, "chi2_alpha": 5.0, "learning_rate": 1e-2, "total_updates": 3_000},
-    "Acrobot": {"standardize_obs": False, "hidden_layers": 0, "bias": False,  # linear and mirrored, too
+    "Acrobot": {"standardize_obs": False, "hidden_layers": 0, "bias": False,  # linear, as its expert; near to cloning
                 "temperature": 1.0, "chi2_alpha": 50.0, "learning_rate": 1e-2, "total_updates": 3_000},
     "LunarLander": {"standardize_obs": False, "hidden_size": 256, "weight_decay": 0.1, "temperature": 1.0,
                     "chi2_alpha": 50.0, "total_updates": 3_000},  # near to cloning
@@ -96,7 +96,7 @@ class Args:
     # The network
     hidden_size: int = 64  # units of a hidden layer
     hidden_layers: int = 2  # of the networks; 0: linear in the observation
-    bias: bool = True  # of the layers; without, a linear Q has no preference where the observation is zero
+    bias: bool = True  # of the layers; without, a linear Q prefers no action where its input is zero
     obs_dims: int = 0  # entries of an observation that the networks see, the first ones; 0: all
     standardize_obs: bool = True  # standardise observations by the demonstrations
     # Optimisation

@@ -3,7 +3,7 @@
     python reproduce/figure2_offline.py
 
 Writes figure2_offline.csv, a row for each run, figure2_offline.md, the table, and figure2_offline.png. A second call
-goes on where the first was stopped. Seeds 111 to 115 were not tuned on; NOTES.md says what had been read on 101 to 105.
+goes on where the first was stopped. Seeds 111 to 115 were not tuned on; NOTES.md says what had been read of them before.
 
 Where few trajectories are drawn, which ones decides more than the method: figure2_draws.csv has 20 more seeds there, each
 with its own, and the second table of figure2_offline.md their spread.
@@ -94,9 +94,9 @@ def command(task: str, n: int, method: str, seed: int, name: str) -> str:
 
 
 def main(cores: tuple[int, ...] = (0, 1), only: str = "", numbers: tuple[int, ...] = NUMBERS,
-         methods: tuple[str, ...] = tuple(METHODS), draws: bool = True):
+         methods: tuple[str, ...] = tuple(METHODS)):
     """Run what is missing; `cores` names the cores to run on; `only` keeps the tasks whose name contains it, `numbers`
-    and `methods` some of the others; `draws` False leaves the second table's runs out."""
+    and `methods` some of the others."""
     def jobs(name, seeds, counts, methods):
         return [({"task": task, "demos": n, "method": method, "seed": seed}, command(task, n, method, seed, name))
                 for n in numbers for task in TASKS if only in task and n in counts[task] for method in methods
@@ -104,8 +104,7 @@ def main(cores: tuple[int, ...] = (0, 1), only: str = "", numbers: tuple[int, ..
 
     points = jobs("figure2", SEEDS, dict.fromkeys(TASKS, NUMBERS), methods)
     rows = run_all(points, FOLDER / "figure2_offline.csv", cores=cores)
-    if draws:
-        run_all(jobs("draws", DRAWS, FEW, [method for method in ("chi2", "bc") if method in methods]), MORE, cores=cores)
+    run_all(jobs("draws", DRAWS, FEW, [method for method in ("chi2", "bc") if method in methods]), MORE, cores=cores)
     (FOLDER / "figure2_offline.md").write_text(table(rows))
     figure(rows, FOLDER / "figure2_offline.png")
     print(table(rows))
