@@ -60,15 +60,15 @@ class RandomActions(gym.ActionWrapper):
 
 @cache
 def lunar_lander_policy():
-    """PPO of sbx-rl, 1.6 million steps, some minutes, a tenth of its actions disturbed. gymnasium's own controller scores as
-    much, but clones of few of its episodes crash."""
+    """PPO of sbx-rl, 1.7 million steps, some minutes, a tenth of its actions disturbed. Its actor has two layers of 32 units:
+    clones of few episodes of an actor twice as wide, or of gymnasium's own controller, crash more often."""
     from sbx import PPO
     from stable_baselines3.common.env_util import make_vec_env
 
     envs = make_vec_env(lambda: RandomActions(gym.make("LunarLander-v3")), n_envs=16, seed=0)
     model = PPO("MlpPolicy", envs, n_steps=1_024, batch_size=256, n_epochs=6, learning_rate=5e-4, gamma=0.999,
-                gae_lambda=0.98, ent_coef=0.01, seed=0)
-    return model.learn(96 * 16 * 1_024)
+                gae_lambda=0.98, ent_coef=0.01, seed=0, policy_kwargs={"net_arch": {"pi": [32, 32], "vf": [64, 64]}})
+    return model.learn(102 * 16 * 1_024)
 
 
 def lunar_lander_expert(env, obs):
