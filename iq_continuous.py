@@ -735,12 +735,13 @@ class Run:
     def __init__(self, args: Args, device, demos, parts: dict, policy, pretrain: int, total: int, label: str):
         self.args, self.device, self.demos, self.policy = args, device, demos, policy
         self.pretrain, self.total, self.signum = pretrain, total, 0
+        self.terms, self.due = {}, False  # what the last update logged; whether a signal cut a report off
         self.parts = {name: part for name, part in parts.items() if part is not None}
         name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
         self.open_directory(Path(args.out_dir) / name)
         self.random = random_return(args) if args.eval_every else np.nan
         self.every = args.eval_every or max(1, (pretrain + total) // 20)  # steps between rows of metrics.csv
-        self.terms, self.returns, self.frames = {}, None, [] if args.capture_video else None
+        self.returns, self.frames = None, [] if args.capture_video else None
         self.bar = tqdm(total=pretrain + total, initial=min(self.updates, pretrain) + self.step, unit="step",
                         disable=None, desc=label)
 
@@ -757,6 +758,7 @@ class Run:
                 if self.device.type == "cuda" and stored["cuda_rng"] is not None:  # batches are drawn there
                     torch.cuda.set_rng_state(stored["cuda_rng"].cpu(), self.device)
                 self.step, self.updates, seconds = stored["step"], stored["updates"], stored["seconds"]
+                self.terms, self.due = stored["terms"], stored["due"]
             except (*UNREADABLE, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
                                f"({type(error).__name__})") from None
@@ -791,6 +793,8 @@ class Run:
 
     def __enter__(self):
         self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        if self.due and self.running():
+            self.report()
 
     def __exit__(self, *_):
         for s, handler in self.handlers.items():
@@ -812,9 +816,12 @@ class Run:
             self.save()
 
     def report(self, last: bool = False) -> None:
-        """Evaluate and write a row; nothing when a signal came before or comes meanwhile."""
+        """Evaluate and write a row, unless a signal came before; where one comes meanwhile, a resumed run begins with it."""
         self.check_finite()
-        if self.args.eval_every and not self.signum:
+        if self.signum:
+            return
+        self.due = True
+        if self.args.eval_every:
             self.returns = evaluate(self.policy, self.args, self.device, self, self.frames if last else None)
         if self.signum:
             return
@@ -832,6 +839,7 @@ class Run:
             writer.writeheader()
             writer.writerows(self.rows)
         os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
+        self.due = False
         if self.wandb:
             self.wandb.log(row, step=updates)
         if self.returns is not None:
@@ -851,7 +859,8 @@ class Run:
         save_atomically({name: part.state_dict() for name, part in self.parts.items()} |
                         {"rng": torch.get_rng_state(), "step": self.step, "updates": self.updates,
                          "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-                         "seconds": time.time() - self.start}, self.dir / "checkpoint.pt")
+                         "terms": self.terms, "due": self.due, "seconds": time.time() - self.start},
+                        self.dir / "checkpoint.pt")
 
     def finish(self, model: dict, fps: int) -> Path:
         """Save the model and the video, and print the last line; SystemExit where a signal stopped the run."""

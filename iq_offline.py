@@ -857,12 +857,13 @@ class Run:
         self.pretrain, self.total, self.signum = args.total_updates, 0, 0  # all of it is on demonstrations alone
         self.env_id, self.evaluated = args.env_id or demos.env_id, args.env_id is not None and args.eval_every > 0
         self.temperature = 1.0 if args.objective == "bc" else args.temperature  # of the policy that is learned
+        self.terms, self.due = {}, False  # what the last update logged; whether a signal cut a report off
         self.parts = {name: part for name, part in parts.items() if part is not None}
         name = args.run_name or f"{self.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
         self.open_directory(Path(args.out_dir) / name)
         self.random = random_return(args) if self.evaluated else np.nan
         self.every = args.eval_every or max(1, args.total_updates // 20)  # updates between rows of metrics.csv
-        self.terms, self.returns, self.frames = {}, None, [] if args.capture_video else None
+        self.returns, self.frames = None, [] if args.capture_video else None
         self.bar = tqdm(total=self.pretrain, initial=self.updates, unit="update", disable=None,
                         desc=f"{args.objective} {demos.env_id}")
 
@@ -879,6 +880,7 @@ class Run:
                 if self.device.type == "cuda" and stored["cuda_rng"] is not None:  # batches are drawn there
                     torch.cuda.set_rng_state(stored["cuda_rng"].cpu(), self.device)
                 self.step, self.updates, seconds = stored["step"], stored["updates"], stored["seconds"]
+                self.terms, self.due = stored["terms"], stored["due"]
             except (*UNREADABLE, LookupError, TypeError, AttributeError, pickle.UnpicklingError) as error:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
                                f"({type(error).__name__})") from None
@@ -913,6 +915,8 @@ class Run:
 
     def __enter__(self):
         self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        if self.due and self.running():
+            self.report()
 
     def __exit__(self, *_):
         for s, handler in self.handlers.items():
@@ -934,9 +938,12 @@ class Run:
             self.save()
 
     def report(self, last: bool = False) -> None:
-        """Evaluate and write a row; nothing when a signal came before or comes meanwhile."""
+        """Evaluate and write a row, unless a signal came before; where one comes meanwhile, a resumed run begins with it."""
         self.check_finite()
-        if self.evaluated and not self.signum:
+        if self.signum:
+            return
+        self.due = True
+        if self.evaluated:
             self.returns = evaluate(*self.policy, self.args, self.device, self, self.frames if last else None)
         if self.signum:
             return
@@ -955,6 +962,7 @@ class Run:
             writer.writeheader()
             writer.writerows(self.rows)
         os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
+        self.due = False
         if self.wandb:
             self.wandb.log(row, step=updates)
         shown = {name: value for name, value in terms.items() if name == "loss" or name in held}
@@ -976,7 +984,8 @@ class Run:
         save_atomically({name: part.state_dict() for name, part in self.parts.items()} |
                         {"rng": torch.get_rng_state(), "step": self.step, "updates": self.updates,
                          "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-                         "seconds": time.time() - self.start}, self.dir / "checkpoint.pt")
+                         "terms": self.terms, "due": self.due, "seconds": time.time() - self.start},
+                        self.dir / "checkpoint.pt")
 
     def finish(self, model: dict) -> Path:
         """Save the model and the video, and print the last line; SystemExit where a signal stopped the run."""

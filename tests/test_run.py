@@ -24,6 +24,7 @@ import iq_discrete
 import iq_ilo
 
 MODULES = {"iq_discrete": iq_discrete, "iq_atari": iq_atari, "iq_continuous": iq_continuous}
+SCRIPTS = ["iq_discrete", "iq_atari", "iq_continuous", "iq_offline", "iq_ilo"]
 STEPS, UPDATES = ({"iq_discrete": 300, "iq_atari": 64, "iq_continuous": 300},
                   {"iq_discrete": 300, "iq_atari": 12, "iq_continuous": 280})  # of `command`
 ROOT = Path(__file__).parent.parent
@@ -254,6 +255,43 @@ def test_a_stopped_run_leaves_a_checkpoint_and_says_how_to_go_on(command, tmp_pa
     assert words[:2] == ["iq_discrete.py", "--resume"]
     step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
     assert iq_discrete.main([*words[1:], "--total-timesteps", str(step + 50)]) == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_evaluation_that_a_signal_cuts_off_is_made_on_resuming(script, command, tmp_path, monkeypatch):
+    """No row is lost, and its losses are those of the update before; so is the last row's when that one is cut off."""
+    module = importlib.import_module(script)
+    lengths = {"iq_offline": "--env-id CartPole-v1 --total-updates 300 --eval-every 100",
+               "iq_ilo": "--total-timesteps 300 --learning-starts 20 --batch-size 4 --reward-updates 1 --eval-every 100",
+               "iq_atari": "--pretrain-updates 300 --total-timesteps 0 --eval-every 100 --batch-size 1"}
+    if script in MODULES:
+        flags = command(script, *lengths.get(script, "").split())
+    else:
+        flags = [*lengths[script].split(), "--num-demos", "2", "--out-dir", str(tmp_path)]
+    calls = []
+
+    def evaluate(*_):
+        calls.append(len(calls))
+        if len(calls) == 2 + 3 or len(calls) == 4 + 3:  # of the second run the second, and the last
+            os.kill(os.getpid(), signal.SIGINT)
+        return np.zeros(3)
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    assert module.main([*flags, "--run-name", "whole"]) == 0
+    arguments = [*flags, "--run-name", "cut"]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as exit:
+            module.main(arguments)
+        assert exit.value.code == 130
+        arguments = ["--resume", str(tmp_path / "cut")]
+    assert module.main(arguments) == 0 and len(calls) == 3 + 2 + 2 + 1
+    whole, cut = rows(tmp_path / "whole"), rows(tmp_path / "cut")
+    assert [(r["step"], r["updates"]) for r in cut] == [(r["step"], r["updates"]) for r in whole]
+    assert [name for r in cut for name, value in r.items() if (value == "nan") != (whole[0][name] == "nan")] == []
+    if script == "iq_offline":  # the others begin a new episode
+        times = ("seconds", "updates_per_second", "steps_per_second")
+        assert [{k: v for k, v in r.items() if k not in times} for r in cut] == [
+            {k: v for k, v in r.items() if k not in times} for r in whole]
 
 
 def test_non_finite_training_exits_with_1_and_keeps_the_checkpoint(command, tmp_path, capsys):
@@ -620,9 +658,6 @@ def test_entries_beyond_obs_dims_are_not_seen(script, flags, standardize, tmp_pa
     with torch.no_grad():
         actions = torch.cat([policy.act(obs) for policy in policies])
     assert actions.isfinite().all() and (actions == actions[0]).all()
-
-
-SCRIPTS = ["iq_discrete", "iq_atari", "iq_continuous", "iq_offline", "iq_ilo"]
 
 
 @pytest.mark.parametrize("script", ["iq_discrete", "iq_offline"])
