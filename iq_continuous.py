@@ -946,6 +946,7 @@ def train(args: Args) -> Path:
     limit = 10.0 if args.standardize_obs else np.inf  # deviations; raw observations are the network's as they are
     actor = Actor(obs_shape, action_space.low.tolist(), action_space.high.tolist(), args.hidden_size, limit).to(device)
     demos = load_demonstrations(args, obs_shape, actor, device)
+    check(args.obs_dims <= np.prod(obs_shape), f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}")
     critic = QNetwork(obs_shape, len(action_space.low), args.hidden_size, args.layer_norm, limit).to(device)
     if args.standardize_obs:  # DEVIATION: the paper has raw observations
         for network in (actor, critic):

@@ -1221,6 +1221,7 @@ def train(args: Args) -> Path:
     discrete = isinstance(action_space, gym.spaces.Discrete)
     num_actions = int(action_space.n) if discrete else len(action_space.low)
     demos = load_demonstrations(args, obs_shape, device)
+    check(args.obs_dims <= np.prod(obs_shape), f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}")
     limit = 10.0 if args.standardize_obs else np.inf  # deviations; raw observations are the network's as they are
     size = (obs_shape, num_actions, discrete, args.hidden_size)
     critic = QNetwork(*size, args.layer_norm, limit).to(device)

@@ -1076,6 +1076,7 @@ def train(args: Args) -> Path:
         make_envs(args, 1, "rgb_array").close()
     demos = load_demonstrations(args, env_spaces(args), device)
     obs_shape, num_actions, action_low, action_high = demos.spaces
+    check(args.obs_dims <= np.prod(obs_shape), f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}")
 
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
     size = (args.hidden_size, args.hidden_layers, args.bias)

@@ -636,6 +636,13 @@ def test_a_video_that_cannot_be_recorded_is_told_before_training(script, name, t
     assert "no display" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("script", ["iq_continuous", "iq_offline", "iq_ilo"])
+def test_more_obs_dims_than_entries_are_refused(script, tmp_path, capsys):
+    flags = ["--env-id", "Pendulum-v1", "--obs-dims", "4", "--out-dir", str(tmp_path)]
+    assert importlib.import_module(script).main(flags) == 2
+    assert "--obs-dims 4" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("script, flags", [("iq_continuous", "--total-timesteps 40 --learning-starts 10"),
                                            ("iq_offline", "--total-updates 20"),
                                            ("iq_ilo", "--total-timesteps 40 --learning-starts 10 --reward-updates 2")])
