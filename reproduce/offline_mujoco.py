@@ -16,7 +16,7 @@ TASKS = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Ant-v5")
 NUMBERS = (1, 4, 10)
 # Hopper's settings and Walker2d's demonstrations were changed after 101 to 103 had been read; the others have these.
 FIRST_SEED = {"Hopper-v5": 104, "Walker2d-v5": 104}
-MANY = (("HalfCheetah-v5", 4), ("Walker2d-v5", 1), ("Ant-v5", 1))
+MANY = (("Walker2d-v5", 1), ("Ant-v5", 1))
 METHODS = {"iq": "", "bc": " --objective bc"}
 UPDATES = 10_000
 

@@ -124,8 +124,8 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
     one, offline = {"demos": "1"}, {"demos": "10"}
     curve = {"name": "pong_curves", "column": "eval_return_mean", "updates": "4000"}
     sentences = [
-        f"LunarLander ({mean('discrete', task='LunarLander', method='bc', **one):.0f} to "
-        f"{mean('discrete', task='LunarLander', method='iq', **one):.0f}; "
+        f"LunarLander has {mean('discrete', task='LunarLander', method='iq', **one):.0f} "
+        f"(cloning {mean('discrete', task='LunarLander', method='bc', **one):.0f}; "
         f"{mean('discrete', task='LunarLander, play in the loss', **one):.0f} with".replace("-", "−"),
         f"they score {mean(method='iq', **curve):.1f}, clones {mean(method='bc', **curve):.1f}",
         f"Walker2d has {mean('offline_mujoco', task='Walker2d-v5', method='iq', **offline):.0f} "
