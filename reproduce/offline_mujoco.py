@@ -3,8 +3,8 @@
     python reproduce/offline_mujoco.py
 
 Writes offline_mujoco.csv, a row for each run, and offline_mujoco.md. One budget of updates for all; seeds from 101 were not
-tuned on: three, and ten for the cases in MANY, where three did not tell the two methods apart. A second call goes on where
-the csv stops.
+tuned on: three, and ten for the cases in MANY, where the scores differ most from one draw to the next. A second call goes on
+where the csv stops.
 """
 from pathlib import Path
 

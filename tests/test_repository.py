@@ -149,6 +149,14 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
                          rf"cloning (alone: )?{cloned:.0f}\b", docstring.replace("; cloning", ", cloning")), task
 
 
+def test_what_play_in_the_loss_costs_on_lunar_lander_is_said_beside_its_settings():
+    comments = " ".join((ROOT / "iq_discrete.py").read_text().replace("# ", "").split())
+    for demos, words in (("1", "from one trajectory"), ("10", "from ten")):
+        played = mean("discrete", task="LunarLander, play in the loss", demos=demos)
+        own = mean("discrete", task="LunarLander", method="iq", demos=demos)
+        assert f"{played:.0f} instead of {own:.0f} {words}" in comments
+
+
 # Least number of episodes in a file, where they are too large for the 30 of all the others.
 EPISODES = {"HalfCheetah-v5": 25, "Hopper-v5": 25, "Walker2d-v5": 25, "Ant-v5": 25, "Humanoid-v5": 7}
 
