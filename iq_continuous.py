@@ -737,9 +737,9 @@ class Run:
         self.pretrain, self.total, self.signum = pretrain, total, 0
         self.terms, self.due = {}, False  # what the last update logged; whether a signal cut a report off
         self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.random = random_return(args) if args.eval_every else np.nan
         name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
         self.open_directory(Path(args.out_dir) / name)
-        self.random = random_return(args) if args.eval_every else np.nan
         self.every = args.eval_every or max(1, (pretrain + total) // 20)  # steps between rows of metrics.csv
         self.returns, self.frames = None, [] if args.capture_video else None
         self.bar = tqdm(total=pretrain + total, initial=min(self.updates, pretrain) + self.step, unit="step",

@@ -859,9 +859,9 @@ class Run:
         self.temperature = 1.0 if args.objective == "bc" else args.temperature  # of the policy that is learned
         self.terms, self.due = {}, False  # what the last update logged; whether a signal cut a report off
         self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.random = random_return(args) if self.evaluated else np.nan
         name = args.run_name or f"{self.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
         self.open_directory(Path(args.out_dir) / name)
-        self.random = random_return(args) if self.evaluated else np.nan
         self.every = args.eval_every or max(1, args.total_updates // 20)  # updates between rows of metrics.csv
         self.returns, self.frames = None, [] if args.capture_video else None
         self.bar = tqdm(total=self.pretrain, initial=self.updates, unit="update", disable=None,

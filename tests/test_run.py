@@ -294,6 +294,20 @@ def test_an_evaluation_that_a_signal_cuts_off_is_made_on_resuming(script, comman
             {k: v for k, v in r.items() if k not in times} for r in whole]
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_signal_while_the_random_return_is_measured_leaves_no_directory(script, command, tmp_path, monkeypatch):
+    """One without a checkpoint could be neither resumed nor begun anew under its name."""
+    module = importlib.import_module(script)
+
+    def random_return(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "random_return", random_return)
+    own = {"iq_atari": ("--eval-every", "1"), "iq_offline": ("--env-id", "CartPole-v1")}.get(script, ())
+    tiny = command(script) if script in MODULES else ["--out-dir", str(tmp_path), "--run-name", "run"]
+    assert module.main([*tiny, *own]) == 130 and not (tmp_path / "run").exists()
+
+
 def test_non_finite_training_exits_with_1_and_keeps_the_checkpoint(command, tmp_path, capsys):
     assert iq_discrete.main(command("iq_discrete")) == 0
     checkpoint = (tmp_path / "run" / "checkpoint.pt").read_bytes()
