@@ -149,6 +149,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, default=stored)
     if (Path(args.out_dir) / args.run_name).resolve() == run_dir.resolve():  # the same place in other words
         args = replace(args, out_dir=stored.out_dir, run_name=stored.run_name)
+    if args.demos and os.path.abspath(args.demos) == stored.demos:
+        args = replace(args, demos=stored.demos)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
@@ -172,6 +174,9 @@ def validate(args: Args) -> None:
             value = getattr(args, name)
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
     check(not args.track or importlib.util.find_spec("wandb"), "--track: it needs `pip install wandb`")
+    check(not args.capture_video or importlib.util.find_spec("moviepy"), "--capture-video: it needs `pip install moviepy`")
+    check(not args.capture_video or args.evaluate or args.eval_every,
+          "--capture-video: with --eval-every 0 there is no evaluation to record")
     check(args.buffer_size >= 8 * args.num_envs, f"--buffer-size {args.buffer_size}: expected 8 for each environment")
 
 
@@ -382,7 +387,7 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, nu
     recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else "unknown"
     check(env_name(recorded) in (env_name(args.env_id), "unknown"),
           f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
-    if recorded != args.env_id:
+    if recorded.split(":")[-1] != args.env_id.split(":")[-1]:
         print(f"warning: demonstrations of {recorded} are used for {args.env_id}", file=sys.stderr)
     check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes; "
           "0 takes all of them")
@@ -635,7 +640,7 @@ def evaluate(network, args: Args, device, stop: "Run | None" = None, frames: lis
     """Returns of `--eval-episodes` whole episodes of the greedy policy, on environments of its own.
 
     One episode from each of as many environments, so that none is dropped for its length; `network` None plays
-    uniformly random actions. Frames of the first episode, grey and enlarged, are appended to `frames`.
+    uniformly random actions. Grey frames of the first episode, `[84, 84]`, are appended to `frames`.
 
     Returns:
         float64 `[episodes]` in the environment's own reward, or None when a signal stopped it.
@@ -648,7 +653,7 @@ def evaluate(network, args: Args, device, stop: "Run | None" = None, frames: lis
     returns, running = np.zeros(n), np.ones(n, bool)
     while running.any() and not (stop and stop.signum):
         if frames is not None and running[0]:
-            frames.append(obs[0, -1, ..., None].repeat(3, 2).repeat(4, 0).repeat(4, 1))
+            frames.append(obs[0, -1].copy())
         if network is None:
             action = envs.action_space.sample()
         else:
@@ -665,15 +670,21 @@ def random_return(args: Args) -> float:
     """Mean return of random actions: from the table, else 20 episodes played now."""
     if (name := env_name(args.env_id)) in RANDOM_RETURN:
         return RANDOM_RETURN[name]
+    print(f"measuring the return of random actions in {args.env_id}, 20 episodes", flush=True)
     return float(evaluate(None, replace(args, eval_episodes=20), "cpu").mean())
 
 
 def write_video(frames: list, fps: int, path: Path) -> None:
-    """Write RGB frames `[H, W, 3]` uint8 as an mp4 file."""
-    from moviepy import ImageSequenceClip
+    """Write grey frames `[84, 84]` uint8 as an mp4 file, four times as large; one after another, since a game can have
+    many thousands."""
+    from moviepy import VideoClip
+
+    def enlarged(seconds: float) -> np.ndarray:
+        frame = frames[min(round(seconds * fps), len(frames) - 1)]
+        return frame[..., None].repeat(3, 2).repeat(4, 0).repeat(4, 1)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    ImageSequenceClip(list(frames), fps=fps).write_videofile(str(path), logger=None)
+    VideoClip(enlarged, duration=len(frames) / fps).write_videofile(str(path), fps=fps, logger=None)
 
 
 def final_line(returns, expert: float, random: float, steps: int, updates: int, seconds: float, run_dir) -> str:
@@ -719,7 +730,7 @@ class Run:
         self.terms, self.due = {}, False  # what the last update logged; whether a signal cut a report off
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if args.eval_every else np.nan
-        name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
         self.open_directory(Path(args.out_dir) / name)
         self.every = args.eval_every or max(1, (pretrain + total) // 20)  # steps between rows of metrics.csv
         self.returns, self.frames = None, [] if args.capture_video else None
@@ -769,7 +780,8 @@ class Run:
                     shutil.rmtree(path)
                 raise BadInput(f"--track: {error}") from None
             self.wandb = wandb
-        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+        demos = os.path.abspath(args.demos) if args.demos and os.path.isfile(args.demos) else args.demos  # from anywhere
+        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(args) | {"demos": demos}, indent=2))
         os.replace(path / "args.tmp", path / "args.json")  # the old one or the new one, whenever the process is killed
 
     def __enter__(self):
@@ -857,8 +869,9 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         if self.signum:
-            print(f"stopped at step {self.step}; to continue: python {SCRIPT}.py --resume {shlex.quote(str(self.dir))}",
-                  flush=True)
+            script = sys.argv[0] if Path(sys.argv[0]).name == f"{SCRIPT}.py" else f"{SCRIPT}.py"
+            resume = shlex.join(["python", script, "--resume", str(self.dir)])
+            print(f"stopped at step {self.step}; to continue: {resume}", flush=True)
             raise SystemExit(128 + self.signum)
         seconds = time.time() - self.start
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)

@@ -177,6 +177,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, default=stored)
     if (Path(args.out_dir) / args.run_name).resolve() == run_dir.resolve():  # the same place in other words
         args = replace(args, out_dir=stored.out_dir, run_name=stored.run_name)
+    if args.demos and os.path.abspath(args.demos) == stored.demos:
+        args = replace(args, demos=stored.demos)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
@@ -201,6 +203,9 @@ def validate(args: Args) -> None:
             value = getattr(args, name)
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
     check(not args.track or importlib.util.find_spec("wandb"), "--track: it needs `pip install wandb`")
+    check(not args.capture_video or importlib.util.find_spec("moviepy"), "--capture-video: it needs `pip install moviepy`")
+    check(not args.capture_video or args.evaluate or args.eval_every,
+          "--capture-video: with --eval-every 0 there is no evaluation to record")
     check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
     check(args.chi2_alpha is None or 0 < args.chi2_alpha < np.inf,
           f"--chi2-alpha {args.chi2_alpha}: expected above 0 and finite")
@@ -303,7 +308,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
                             vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
                             **({"render_mode": render_mode} if render_mode else {}),  # not every constructor takes it
                             **(grid if args.env_id == "GridWorld-v0" else {}))
-    except (gym.error.Error, ImportError, ValueError, TypeError) as error:
+    except Exception as error:  # each constructor has its own
         raise BadInput(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     check(not isinstance(action_space, gym.spaces.Box),
@@ -315,7 +320,8 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     if render_mode:  # told before training, not after it
         try:
             envs.reset()
-            envs.envs[0].render()
+            if np.ndim(envs.envs[0].render()) != 3:
+                raise ValueError("it renders no array [H, W, 3]")
         except Exception as error:  # each simulator has its own: no display, a package missing
             raise BadInput(f"--capture-video: {args.env_id} cannot be rendered here: "
                            f"{' '.join(str(error).split())}") from None
@@ -511,7 +517,7 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, nu
     recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else "unknown"
     check(env_name(recorded) in (env_name(args.env_id), "unknown"),
           f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
-    if recorded != args.env_id:
+    if recorded.split(":")[-1] != args.env_id.split(":")[-1]:
         print(f"warning: demonstrations of {recorded} are used for {args.env_id}", file=sys.stderr)
     check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes; "
           "0 takes all of them")
@@ -614,10 +620,11 @@ def soft_value(q: torch.Tensor, temperature: float) -> torch.Tensor:
     return temperature * torch.logsumexp(q / temperature, dim=-1)
 
 
-def implied_reward(network: nn.Module, obs, action, next_obs, terminated, gamma: float, temperature: float):
-    """The reward that Q implies, r = Q(s,a) − γ(1−d)·V(s') (Eq. 11), `[B]` for transitions as in `Batch`."""
-    q = network(obs).gather(1, action[:, None]).squeeze(1)
-    return q - gamma * (1 - terminated.float()) * soft_value(network(next_obs), temperature)
+def implied_reward(network: nn.Module, obs, action, next_obs, terminated, gamma: float, temperature: float, end_value=0.0):
+    """The reward that Q implies, r = Q(s,a) − γV(s') (Eq. 11), `[B]` for transitions as in `Batch`; where an episode ended
+    by itself V(s') is `end_value`, which model.pt has: with `--absorbing` not 0."""
+    q, ended = network(obs).gather(1, action[:, None]).squeeze(1), terminated.float()
+    return q - gamma * ((1 - ended) * soft_value(network(next_obs), temperature) + ended * end_value)
 
 
 def phi(divergence: str, r: torch.Tensor) -> torch.Tensor:
@@ -768,6 +775,7 @@ def random_return(args: Args) -> float:
     """Mean return of random actions: from the table, else 20 episodes played now."""
     if (name := env_name(args.env_id)) in RANDOM_RETURN:
         return RANDOM_RETURN[name]
+    print(f"measuring the return of random actions in {args.env_id}, 20 episodes", flush=True)
     return float(evaluate(None, replace(args, eval_episodes=20), "cpu").mean())
 
 
@@ -822,7 +830,7 @@ class Run:
         self.terms, self.due = {}, False  # what the last update logged; whether a signal cut a report off
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if args.eval_every else np.nan
-        name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
         self.open_directory(Path(args.out_dir) / name)
         self.every = args.eval_every or max(1, (pretrain + total) // 20)  # steps between rows of metrics.csv
         self.returns, self.frames = None, [] if args.capture_video else None
@@ -872,7 +880,8 @@ class Run:
                     shutil.rmtree(path)
                 raise BadInput(f"--track: {error}") from None
             self.wandb = wandb
-        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+        demos = os.path.abspath(args.demos) if args.demos and os.path.isfile(args.demos) else args.demos  # from anywhere
+        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(args) | {"demos": demos}, indent=2))
         os.replace(path / "args.tmp", path / "args.json")  # the old one or the new one, whenever the process is killed
 
     def __enter__(self):
@@ -960,8 +969,9 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         if self.signum:
-            print(f"stopped at step {self.step}; to continue: python {SCRIPT}.py --resume {shlex.quote(str(self.dir))}",
-                  flush=True)
+            script = sys.argv[0] if Path(sys.argv[0]).name == f"{SCRIPT}.py" else f"{SCRIPT}.py"
+            resume = shlex.join(["python", script, "--resume", str(self.dir)])
+            print(f"stopped at step {self.step}; to continue: {resume}", flush=True)
             raise SystemExit(128 + self.signum)
         seconds = time.time() - self.start
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
@@ -1056,6 +1066,9 @@ def train(args: Args) -> Path:
     absorbing = (args.absorbing and demos.end_rate > 0 and args.value_loss.startswith("v0") and args.chi2_rows == "both"
                  and (args.chi2_alpha or args.divergence == "chi2"))
 
+    def value_at_end() -> torch.Tensor:
+        return absorbing_value(demos.end_rate, replay.storage[3][: replay.written].mean(), args)
+
     parts = {"network": network, "target": target, "average": average, "optimizer": optimizer, "replay": replay,
              "initial": initial}
     run = Run(args, device, demos, parts, policy, pretrain, total, f"{args.objective} {args.env_id}")
@@ -1084,7 +1097,7 @@ def train(args: Args) -> Path:
                 if playing and both:  # expert rows first
                     batch = Batch(*(torch.cat(rows) for rows in zip(batch, replay.sample(n))))
                     if absorbing:
-                        end_value = absorbing_value(demos.end_rate, replay.storage[3][: replay.written].mean(), args)
+                        end_value = value_at_end()
                 run.terms = update(batch, initial.sample(n)[0] if args.value_loss == "v0" else batch.obs[:0], end_value)
                 run.updates += 1
 
@@ -1093,7 +1106,9 @@ def train(args: Args) -> Path:
         run.save()
     envs.close()
     cloned = {"temperature": 1.0} if args.objective == "bc" else {}  # its policy is softmax(Q)
-    return run.finish({"network": policy.state_dict(), "sizes": policy.sizes} | cloned, envs.metadata.get("render_fps", 30))
+    model = {"network": policy.state_dict(), "sizes": policy.sizes,
+             "end_value": float(value_at_end()) if absorbing and replay.written else 0.0}
+    return run.finish(model | cloned, envs.metadata.get("render_fps") or 30)
 
 
 def play(args: Args) -> None:
@@ -1113,7 +1128,7 @@ def play(args: Args) -> None:
     returns = evaluate(network, args, device, None, frames)
     random = saved["random_return"] if np.isfinite(saved["random_return"]) else random_return(args)
     if frames:
-        write_video(frames, 30, run_dir / "videos" / "evaluate.mp4")
+        write_video(frames, make_envs(args, 1).metadata.get("render_fps") or 30, run_dir / "videos" / "evaluate.mp4")
     print(final_line(returns, saved["expert_return"], random, 0, 0, time.time() - start, run_dir))
 
 

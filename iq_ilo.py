@@ -193,6 +193,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, default=stored)
     if (Path(args.out_dir) / args.run_name).resolve() == run_dir.resolve():  # the same place in other words
         args = replace(args, out_dir=stored.out_dir, run_name=stored.run_name)
+    if args.demos and os.path.abspath(args.demos) == stored.demos:
+        args = replace(args, demos=stored.demos)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
@@ -217,6 +219,9 @@ def validate(args: Args) -> None:
             value = getattr(args, name)
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
     check(not args.track or importlib.util.find_spec("wandb"), "--track: it needs `pip install wandb`")
+    check(not args.capture_video or importlib.util.find_spec("moviepy"), "--capture-video: it needs `pip install moviepy`")
+    check(not args.capture_video or args.evaluate or args.eval_every,
+          "--capture-video: with --eval-every 0 there is no evaluation to record")
     check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
     check((args.missing_action, args.value_loss) != ("policy", "value_expert"),
           "--missing-action policy: with --value-loss value_expert expert rows alone are read, and actions of the policy "
@@ -311,7 +316,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
                             vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
                             **({"render_mode": render_mode} if render_mode else {}),  # not every constructor takes it
                             **(maze if args.env_id == "PointMaze-v0" else {}))
-    except (gym.error.Error, ImportError, ValueError, TypeError) as error:
+    except Exception as error:  # each constructor has its own
         raise BadInput(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     if isinstance(action_space, gym.spaces.Discrete):
@@ -327,7 +332,8 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     if render_mode:  # told before training, not after it
         try:
             envs.reset()
-            envs.envs[0].render()
+            if np.ndim(envs.envs[0].render()) != 3:
+                raise ValueError("it renders no array [H, W, 3]")
         except Exception as error:  # each simulator has its own: no display, a package missing
             raise BadInput(f"--capture-video: {args.env_id} cannot be rendered here (without a display, MuJoCo "
                            f"takes the environment variable MUJOCO_GL=egl): {' '.join(str(error).split())}") from None
@@ -679,7 +685,7 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args) ->
     recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else "unknown"
     check(env_name(recorded) in (env_name(args.env_id), "unknown"),
           f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
-    if recorded != args.env_id:
+    if recorded.split(":")[-1] != args.env_id.split(":")[-1]:
         print(f"warning: demonstrations of {recorded} are used for {args.env_id}", file=sys.stderr)
     check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes; "
           "0 takes all of them")
@@ -897,6 +903,7 @@ def random_return(args: Args) -> float:
     """Mean return of random actions: from the table, else 20 episodes played now."""
     if (name := env_name(args.env_id)) in RANDOM_RETURN:
         return RANDOM_RETURN[name]
+    print(f"measuring the return of random actions in {args.env_id}, 20 episodes", flush=True)
     return float(evaluate(None, replace(args, eval_episodes=20), "cpu").mean())
 
 
@@ -963,7 +970,7 @@ class Run:
         self.terms, self.due = {}, False  # what the last update logged; whether a signal cut a report off
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if args.eval_every else np.nan
-        name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
         self.open_directory(Path(args.out_dir) / name)
         self.every = args.eval_every or max(1, (pretrain + total) // 20)  # steps between rows of metrics.csv
         self.returns, self.frames = None, [] if args.capture_video else None
@@ -1013,7 +1020,8 @@ class Run:
                     shutil.rmtree(path)
                 raise BadInput(f"--track: {error}") from None
             self.wandb = wandb
-        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+        demos = os.path.abspath(args.demos) if args.demos and os.path.isfile(args.demos) else args.demos  # from anywhere
+        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(args) | {"demos": demos}, indent=2))
         os.replace(path / "args.tmp", path / "args.json")  # the old one or the new one, whenever the process is killed
 
     def __enter__(self):
@@ -1102,8 +1110,9 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         if self.signum:
-            print(f"stopped at step {self.step}; to continue: python {SCRIPT}.py --resume {shlex.quote(str(self.dir))}",
-                  flush=True)
+            script = sys.argv[0] if Path(sys.argv[0]).name == f"{SCRIPT}.py" else f"{SCRIPT}.py"
+            resume = shlex.join(["python", script, "--resume", str(self.dir)])
+            print(f"stopped at step {self.step}; to continue: {resume}", flush=True)
             raise SystemExit(128 + self.signum)
         seconds = time.time() - self.start
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
@@ -1239,7 +1248,7 @@ def train(args: Args) -> Path:
     if args.obs_dims:  # DEVIATION: the others are divided by infinity
         for module in nn.ModuleList(filter(None, (critic, policy, idm))).modules():
             if isinstance(module, Standardize):
-                module.std[args.obs_dims :] = np.inf
+                module.std.view(-1)[args.obs_dims :] = np.inf
     target = deepcopy(critic) if args.target_rate else None
     average = deepcopy(policy) if args.average_rate else None  # DEVIATION: the paper has the last iterate
     average_critic = deepcopy(critic) if args.average_rate else None
@@ -1301,7 +1310,7 @@ def train(args: Args) -> Path:
     envs.close()
     model = {"policy": acting.state_dict(), "actor_sizes": None if discrete else acting.sizes,
              "critic": judging.state_dict(), "critic_sizes": judging.sizes, "reward": reward.state_dict()}
-    return run.finish(model, envs.metadata.get("render_fps", 30))
+    return run.finish(model, envs.metadata.get("render_fps") or 30)
 
 
 def play(args: Args) -> None:
@@ -1321,7 +1330,7 @@ def play(args: Args) -> None:
     returns = evaluate(policy, args, device, None, frames)
     random = saved["random_return"] if np.isfinite(saved["random_return"]) else random_return(args)
     if frames:
-        write_video(frames, 30, run_dir / "videos" / "evaluate.mp4")
+        write_video(frames, make_envs(args, 1).metadata.get("render_fps") or 30, run_dir / "videos" / "evaluate.mp4")
     print(final_line(returns, saved["expert_return"], random, 0, 0, time.time() - start, run_dir))
 
 

@@ -167,6 +167,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, default=stored)
     if (Path(args.out_dir) / args.run_name).resolve() == run_dir.resolve():  # the same place in other words
         args = replace(args, out_dir=stored.out_dir, run_name=stored.run_name)
+    if args.demos and os.path.abspath(args.demos) == stored.demos:
+        args = replace(args, demos=stored.demos)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
@@ -190,6 +192,9 @@ def validate(args: Args) -> None:
             value = getattr(args, name)
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
     check(not args.track or importlib.util.find_spec("wandb"), "--track: it needs `pip install wandb`")
+    check(not args.capture_video or importlib.util.find_spec("moviepy"), "--capture-video: it needs `pip install moviepy`")
+    check(not args.capture_video or args.evaluate or args.eval_every and args.env_id,
+          "--capture-video: without --env-id or with --eval-every 0 there is no evaluation to record")
     check(args.chi2_alpha is None or 0 < args.chi2_alpha < np.inf,
           f"--chi2-alpha {args.chi2_alpha}: expected above 0 and finite")
     check(args.q_bound is None or 0 <= args.q_bound < np.inf, f"--q-bound {args.q_bound}: expected at least 0 and finite")
@@ -215,7 +220,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
         envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync",
                             vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
                             **({"render_mode": render_mode} if render_mode else {}))  # not every constructor takes it
-    except (gym.error.Error, ImportError, ValueError, TypeError) as error:
+    except Exception as error:  # each constructor has its own
         raise BadInput(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
@@ -227,7 +232,8 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     if render_mode:  # told before training, not after it
         try:
             envs.reset()
-            envs.envs[0].render()
+            if np.ndim(envs.envs[0].render()) != 3:
+                raise ValueError("it renders no array [H, W, 3]")
         except Exception as error:  # each simulator has its own: no display, a package missing
             raise BadInput(f"--capture-video: {args.env_id} cannot be rendered here (without a display, MuJoCo "
                            f"takes the environment variable MUJOCO_GL=egl): {' '.join(str(error).split())}") from None
@@ -478,7 +484,7 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args) ->
     if args.env_id is not None:
         check(env_name(recorded) in (env_name(args.env_id), "unknown"),
               f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
-        if recorded != args.env_id:
+        if recorded.split(":")[-1] != args.env_id.split(":")[-1]:
             print(f"warning: demonstrations of {recorded} are used for {args.env_id}", file=sys.stderr)
     check(args.num_demos <= len(lengths), f"--num-demos {args.num_demos}: {where} holds {len(lengths)} episodes; "
           "0 takes all of them")
@@ -790,6 +796,7 @@ def random_return(args: Args) -> float:
     """Mean return of random actions: from the table, else 20 episodes played now."""
     if (name := env_name(args.env_id)) in RANDOM_RETURN:
         return RANDOM_RETURN[name]
+    print(f"measuring the return of random actions in {args.env_id}, 20 episodes", flush=True)
     return float(evaluate(None, None, replace(args, eval_episodes=20), "cpu").mean())
 
 
@@ -860,7 +867,7 @@ class Run:
         self.terms, self.due = {}, False  # what the last update logged; whether a signal cut a report off
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if self.evaluated else np.nan
-        name = args.run_name or f"{self.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
+        name = args.run_name or f"{self.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
         self.open_directory(Path(args.out_dir) / name)
         self.every = args.eval_every or max(1, args.total_updates // 20)  # updates between rows of metrics.csv
         self.returns, self.frames = None, [] if args.capture_video else None
@@ -910,7 +917,8 @@ class Run:
                     shutil.rmtree(path)
                 raise BadInput(f"--track: {error}") from None
             self.wandb = wandb
-        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(args), indent=2))
+        demos = os.path.abspath(args.demos) if args.demos and os.path.isfile(args.demos) else args.demos  # from anywhere
+        (path / "args.tmp").write_text(json.dumps({"script": SCRIPT} | asdict(args) | {"demos": demos}, indent=2))
         os.replace(path / "args.tmp", path / "args.json")  # the old one or the new one, whenever the process is killed
 
     def __enter__(self):
@@ -996,14 +1004,15 @@ class Run:
             save_atomically({"script": SCRIPT, "env_id": self.env_id} | about | model, self.dir / "model.pt")
         if self.frames:
             video = self.dir / "videos" / f"update_{self.updates}.mp4"
-            write_video(self.frames, 30, video)
+            write_video(self.frames, make_envs(args, 1).metadata.get("render_fps") or 30, video)
             if self.wandb:  # gymnasium no longer uploads videos by itself
                 self.wandb.log({"video": self.wandb.Video(str(video))})
         if self.wandb:
             self.wandb.finish()
         if self.signum:
-            print(f"stopped at update {self.updates}; to continue: python {SCRIPT}.py --resume {shlex.quote(str(self.dir))}",
-                  flush=True)
+            script = sys.argv[0] if Path(sys.argv[0]).name == f"{SCRIPT}.py" else f"{SCRIPT}.py"
+            resume = shlex.join(["python", script, "--resume", str(self.dir)])
+            print(f"stopped at update {self.updates}; to continue: {resume}", flush=True)
             raise SystemExit(128 + self.signum)
         if not self.evaluated and args.save_model:
             env_id = "ENVIRONMENT" if self.env_id == "unknown" else shlex.quote(self.env_id)
@@ -1072,7 +1081,7 @@ def train(args: Args) -> Path:
     validate(args)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.capture_video and args.env_id is not None and args.eval_every:
+    if args.capture_video:
         make_envs(args, 1, "rgb_array").close()
     demos = load_demonstrations(args, env_spaces(args), device)
     obs_shape, num_actions, action_low, action_high = demos.spaces
@@ -1089,7 +1098,7 @@ def train(args: Args) -> Path:
             module.obs_std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant dimensions
     if args.obs_dims:  # DEVIATION: the others are divided by infinity
         for module in filter(None, (network, actor)):
-            module.obs_std[args.obs_dims :] = np.inf
+            module.obs_std.view(-1)[args.obs_dims :] = np.inf
     # With continuous actions V(s') of a target network without gradient, as the paper has it there.
     args = replace(args, target_rate=args.target_rate if args.target_rate is not None else 0.0 if num_actions else 0.005)
     target = deepcopy(network) if args.target_rate else None  # DEVIATION: with discrete actions the paper has none
@@ -1137,7 +1146,7 @@ def play(args: Args) -> None:
     returns = evaluate(network, actor, args, device, None, frames)
     random = saved["random_return"] if np.isfinite(saved["random_return"]) else random_return(args)
     if frames:
-        write_video(frames, 30, run_dir / "videos" / "evaluate.mp4")
+        write_video(frames, make_envs(args, 1).metadata.get("render_fps") or 30, run_dir / "videos" / "evaluate.mp4")
     print(final_line(returns, saved["expert_return"], random, 0, 0, time.time() - start, run_dir))
 
 

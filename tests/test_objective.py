@@ -181,6 +181,16 @@ def test_implied_reward_is_the_r_that_the_loss_logs(script, temperature):
     assert logged["reward_policy"] == pytest.approx(r[2:].mean().item())
 
 
+def test_implied_reward_with_an_absorbing_state_is_the_r_that_the_loss_logs():
+    script = SCRIPTS["iq_discrete"]
+    network, batch = script.table(HAND_Q), hand_batch(script)._replace(terminated=torch.tensor([1, 0, 1, 0, 0], dtype=F64))
+    logged = iq_discrete.iq_loss(network, None, batch, 2, script.encode(HAND_INITIAL, 3), hand_args(script), 7.0)[1]
+    r = iq_discrete.implied_reward(network, *batch, 0.5, 0.0, 7.0)
+    torch.testing.assert_close(r, torch.cat([logged["reward_expert"], logged["reward_policy"]]))
+    without = iq_discrete.implied_reward(network, *batch, 0.5, 0.0)
+    torch.testing.assert_close(without - r, 0.5 * 7 * batch.terminated)
+
+
 # ------------------------------------------------------------------------------------------------------- loss
 @pytest.mark.parametrize("with_target", [False, True])
 @pytest.mark.parametrize("chi2_rows", ["expert", "both"])

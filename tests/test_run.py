@@ -17,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from moviepy import VideoFileClip
 
 import iq_atari
 import iq_continuous
@@ -252,7 +253,7 @@ def test_a_stopped_run_leaves_a_checkpoint_and_says_how_to_go_on(command, tmp_pa
     assert process.returncode == status, err
     assert "Traceback" not in err
     words = out.splitlines()[-1].split("python ")[1].split()
-    assert words[:2] == ["iq_discrete.py", "--resume"]
+    assert words[:2] == [str(ROOT / "iq_discrete.py"), "--resume"]  # the script as it was called
     step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
     assert iq_discrete.main([*words[1:], "--total-timesteps", str(step + 50)]) == 0
 
@@ -344,6 +345,8 @@ def test_evaluate_plays_a_saved_model_and_records_it(script, command, tmp_path, 
     if script != "iq_atari":
         assert played[:2] == trained[:2]
     assert (tmp_path / "run" / "videos" / "evaluate.mp4").stat().st_size > 1000
+    fps = {"iq_discrete": 50, "iq_atari": 15, "iq_continuous": 30}[script]  # the environment's own
+    assert VideoFileClip(str(tmp_path / "run" / "videos" / "evaluate.mp4")).fps == fps
     for other in MODULES.values():
         assert other is module or other.main(["--evaluate", model]) == 2
 
@@ -634,6 +637,11 @@ def test_compiled_and_eager_updates_agree(script, divergence):
         torch.testing.assert_close(eager, compiled, rtol=1e-3, atol=1e-4)
 
 
+class NoImage(gym.Wrapper):
+    def render(self):
+        return "words"
+
+
 class NoDisplay(gym.Wrapper):
     def render(self):
         raise RuntimeError("no display")
@@ -641,13 +649,24 @@ class NoDisplay(gym.Wrapper):
 
 @pytest.mark.parametrize("script, name", [("iq_discrete", "CartPole"), ("iq_offline", "CartPole"), ("iq_ilo", "CartPole"),
                                           ("iq_continuous", "Pendulum")])
-def test_a_video_that_cannot_be_recorded_is_told_before_training(script, name, tmp_path, capsys):
-    env_id = f"{name}-v72"
-    made = f"{name}-v1"
-    gym.register(env_id, entry_point=lambda render_mode=None: NoDisplay(gym.make(made, render_mode=render_mode)))
-    arguments = ["--env-id", env_id, "--demos", str(ROOT / "demos" / f"{made}.npz"), "--out-dir", str(tmp_path)]
-    assert importlib.import_module(script).main([*arguments, "--capture-video"]) == 2
-    assert "no display" in capsys.readouterr().err and not list(tmp_path.iterdir())
+def test_a_video_that_cannot_be_recorded_is_told_before_training(script, name, tmp_path, capsys, monkeypatch):
+    module, made = importlib.import_module(script), f"{name}-v1"
+    for version, wrapper in ((72, NoDisplay), (73, NoImage)):
+        gym.register(f"{name}-v{version}", entry_point=lambda render_mode=None, wrapper=wrapper: wrapper(
+            gym.make(made, render_mode=render_mode)))
+
+    def refused(*more):
+        arguments = ["--demos", str(ROOT / "demos" / f"{made}.npz"), "--out-dir", str(tmp_path), "--capture-video"]
+        assert module.main([*arguments, *more]) == 2 and not list(tmp_path.iterdir())
+        return capsys.readouterr().err
+
+    assert "no display" in refused("--env-id", f"{name}-v72") and "no array" in refused("--env-id", f"{name}-v73")
+    assert "--eval-every 0" in refused("--env-id", made, "--eval-every", "0")
+    if script == "iq_offline":
+        assert "--env-id" in refused()
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "moviepy" else find_spec(name))
+    assert "pip install moviepy" in refused("--env-id", made)
 
 
 @pytest.mark.parametrize("script", ["iq_continuous", "iq_offline", "iq_ilo"])
@@ -662,20 +681,23 @@ def test_more_obs_dims_than_entries_are_refused(script, tmp_path, capsys):
                                            ("iq_ilo", "--total-timesteps 40 --learning-starts 10 --reward-updates 2")])
 @pytest.mark.parametrize("standardize", ["--standardize-obs", "--no-standardize-obs"])
 def test_entries_beyond_obs_dims_are_not_seen(script, flags, standardize, tmp_path):
-    """Demonstrations whose third entry is another leave training as it is, and the trained policy is blind to it too."""
-    module = importlib.import_module(script)
+    """Demonstrations whose third entry is another leave training as it is, and the trained policy is blind to it too. An
+    observation is a row of a matrix here, whose entries count one after another."""
+    module, space = importlib.import_module(script), gym.spaces.Box(-8.0, 8.0, (1, 3))
+    gym.register("Pendulum-v74", entry_point=lambda: gym.wrappers.TransformObservation(
+        gym.make("Pendulum-v1"), lambda obs: obs[None], space))
     with np.load(ROOT / "demos" / "Pendulum-v1.npz") as file:
         data = dict(file)
-    policies = []
+    data["observations"], policies = data["observations"][:, None], []
     for name, factor in (("one", 1.0), ("other", -0.5)):
-        data["observations"][:, 2] *= factor
+        data["observations"][..., 2] *= factor
         np.savez(tmp_path / f"{name}.npz", **data)
-        assert module.main(["--env-id", "Pendulum-v1", "--demos", str(tmp_path / f"{name}.npz"), "--out-dir", str(tmp_path),
+        assert module.main(["--env-id", "Pendulum-v74", "--demos", str(tmp_path / f"{name}.npz"), "--out-dir", str(tmp_path),
                             "--run-name", name, "--obs-dims", "2", "--eval-every", "0", "--hidden-size", "16", standardize,
                             *flags.split()]) == 0
         model = module.load_model(str(tmp_path / name / "model.pt"))
         policies.append(model[0] if script != "iq_offline" else model[1])
-    obs = torch.tensor([[0.6, 0.8, 5.0], [0.6, 0.8, -3.0]])
+    obs = torch.tensor([[[0.6, 0.8, 5.0]], [[0.6, 0.8, -3.0]]])
     with torch.no_grad():
         actions = torch.cat([policy.act(obs) for policy in policies])
     assert actions.isfinite().all() and (actions == actions[0]).all()
@@ -703,7 +725,12 @@ def test_the_absorbing_state_counts_the_ends_of_both_sides(command, left_only, t
     with np.load(left_only) as file:
         assert {expert for expert, _ in rates} == {10 / file["episode_lengths"].sum()}
     terminated = torch.load(tmp_path / "run" / "checkpoint.pt")["replay"]["storage"][3]
-    assert 0 < terminated.mean() < 1 and rates[-1][1] == terminated.mean() and len(rates) == 300
+    assert 0 < terminated.mean() < 1 and rates[-1][1] == terminated.mean() and len(rates) == 300 + 1  # and for model.pt
+    network, saved = iq_discrete.load_model(str(tmp_path / "run" / "model.pt"))
+    assert saved["end_value"] == pytest.approx(float(absorbing_value(*rates[-1], iq_discrete.Args(**saved["args"]))))
+    assert saved["end_value"] > 0
+    assert iq_discrete.main(["--resume", str(tmp_path / "run")]) == 0  # of a finished run
+    assert torch.load(tmp_path / "run" / "model.pt")["end_value"] == saved["end_value"]
 
 
 @pytest.mark.parametrize("ends, flags", [(False, ""), (True, "--value-loss value"), (True, "--chi2-rows expert"),
@@ -713,8 +740,9 @@ def test_no_absorbing_state_where_it_is_not_defined(ends, flags, command, left_o
     demos = ["--demos", left_only] if ends else []
     for name in ("absorbing", "no-absorbing"):
         assert iq_discrete.main(command("iq_discrete", *demos, *flags.split(), f"--{name}", "--run-name", name)) == 0
-    one, other = (torch.load(tmp_path / name / "model.pt")["network"] for name in ("absorbing", "no-absorbing"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    saved, without = (torch.load(tmp_path / name / "model.pt") for name in ("absorbing", "no-absorbing"))
+    one, other = saved["network"], without["network"]
+    assert all(torch.equal(one[name], other[name]) for name in one) and saved["end_value"] == without["end_value"] == 0
 
 
 @pytest.mark.parametrize("script, env_id, words", [("iq_discrete", "LunarLander-v3", "(default: 50.0)"),
@@ -870,6 +898,33 @@ def test_a_signal_while_the_state_reward_is_fitted_says_how_to_go_on(number, sta
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert "Traceback" not in err and "iq_ilo.py --resume" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", ["iq_discrete", "iq_continuous", "iq_ilo", "iq_offline"])
+def test_a_constructor_that_fails_is_bad_input(script, tmp_path, capsys):
+    def fails():
+        raise AssertionError("no licence")
+
+    gym.register("Fails-v0", entry_point=fails)
+    assert importlib.import_module(script).main(["--env-id", "Fails-v0", "--out-dir", str(tmp_path)]) == 2
+    assert "--env-id Fails-v0: no licence" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_run_is_resumed_from_another_directory(command, tmp_path, monkeypatch):
+    shutil.copy(ROOT / "demos" / "CartPole-v1.npz", tmp_path / "mine.npz")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert iq_discrete.main(command("iq_discrete", "--demos", "mine.npz")) == 0
+    monkeypatch.chdir("elsewhere")
+    for steps, flags in ((310, ()), (320, ("--demos", "../mine.npz"))):
+        assert iq_discrete.main(["--resume", "../run", "--total-timesteps", str(steps), *flags]) == 0
+    assert iq_discrete.main(["--resume", "../run", "--demos", str(ROOT / "demos" / "CartPole-v1.npz")]) == 2
+
+
+def test_two_runs_without_a_name_are_begun_side_by_side(command, tmp_path):
+    names = [iq_discrete.train(iq_discrete.parse_args(
+        [*command("iq_discrete")[:-2], "--total-timesteps", "5", "--eval-every", "0"])).name for _ in range(2)]
+    assert names[0] != names[1] and all(re.fullmatch(r"CartPole-v1__iq_discrete__1__\d+", name) for name in names)
 
 
 def test_an_environment_of_a_module_is_the_one_in_the_file():
