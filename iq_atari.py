@@ -132,9 +132,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
-    if args.evaluate:  # the environment is the model's own
+    if args.evaluate is not None:  # the environment is the model's own
         return tyro.cli(Args, args=argv, default=replace(Args(), env_id=""))
-    if not args.resume:
+    if args.resume is None:
         return tyro.cli(Args, args=argv, default=replace(Args(), **SETTINGS.get(env_name(args.env_id), {})))
     run_dir = Path(args.resume)
     check(os.path.isfile(run_dir / "checkpoint.pt"), f"--resume {run_dir}: no checkpoint.pt found there")
@@ -517,7 +517,10 @@ class Replay:
 
     def __init__(self, size: int, num_envs: int, device):
         shape = (num_envs, size // num_envs)
-        self.frames = torch.zeros(*shape, 84, 84, dtype=torch.uint8, device=device)
+        try:
+            self.frames = torch.zeros(*shape, 84, 84, dtype=torch.uint8, device=device)
+        except RuntimeError as error:
+            raise BadInput(f"--buffer-size {size}: {str(error).splitlines()[0]}") from None
         self.action = torch.full(shape, -1, dtype=torch.int64, device=device)
         self.terminated = torch.zeros(shape, device=device)
         self.age = torch.zeros(shape, dtype=torch.uint8, device=device)  # up to 3: what stacking needs
@@ -775,7 +778,7 @@ class Run:
             try:
                 wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=path.name,
                            dir=path)
-            except wandb.Error as error:
+            except Exception as error:  # no login, a setting that it does not know
                 if not args.resume:
                     shutil.rmtree(path)
                 raise BadInput(f"--track: {error}") from None
@@ -1018,7 +1021,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
         args = parse_args(argv)
-        play(args) if args.evaluate else train(args)
+        train(args) if args.evaluate is None else play(args)
     except BadInput as error:
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         return 2

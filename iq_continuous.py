@@ -64,8 +64,8 @@ SETTINGS: dict[str, dict] = {
                  "anneal_lr": 0.5, "total_timesteps": 120_000},
     "Ant": {"obs_dims": 27,  # without the contact forces: 3,498 instead of 127 at 20,000 steps (seed 1, an older expert)
             "pretrain_updates": 5_000, "cloning_weight": 0.05, "anneal_lr": 0.5, "restart_rate": 0.005,
-            "target_rate": 0.02,  # lying on the back leads to itself: V falls there by e in 1/((1 − γ)·rate) updates
-            "num_envs": 8, "updates_per_step": 0.125,  # falls are rare: eight steps of play for each update
+            "target_rate": 0.02,  # DEVIATION: lying on the back leads to itself; V falls there by e in 1/((1−γ)rate) updates
+            "num_envs": 8, "updates_per_step": 0.125,  # DEVIATION: falls are rare, so eight steps for an update
             "total_timesteps": 400_000, "cloning_steps": 400_000, "learning_starts": 5_000, "eval_every": 25_000,
             "eval_episodes": 20, "checkpoint_every": 50_000},  # one has the replay, 0.4 GB in the end
     "Humanoid": {"obs_dims": 45,  # positions and velocities, which are what its expert saw
@@ -176,9 +176,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
-    if args.evaluate:  # the environment is the model's own
+    if args.evaluate is not None:  # the environment is the model's own
         return tyro.cli(Args, args=argv, default=replace(Args(), env_id=""))
-    if not args.resume:
+    if args.resume is None:
         return tyro.cli(Args, args=argv, default=replace(Args(), **preset(args)))
     run_dir = Path(args.resume)
     check(os.path.isfile(run_dir / "checkpoint.pt"), f"--resume {run_dir}: no checkpoint.pt found there")
@@ -299,6 +299,14 @@ class QNetwork(nn.Module):
         return self.layers(torch.cat([self.standardize(obs), action], 1)).squeeze(1)
 
 
+def inner_bounds(low: list[float], high: list[float]) -> torch.Tensor:
+    """Both bounds as float32 `[2, A]`, rounded towards each other, so that no action comes out beyond them."""
+    exact = torch.tensor([low, high], dtype=torch.float64)
+    near = exact.float()
+    beyond = torch.stack([near[0] < exact[0], near[1] > exact[1]])
+    return torch.where(beyond, torch.nextafter(near, near.flip(0)), near)
+
+
 class Actor(nn.Module):
     """π(·|s): observations `[B, *obs_shape]` to mean and log-deviation, each `[B, A]`, of a Gaussian whose tanh is the
     action in [−1, 1]. It knows the environment's units of action."""
@@ -310,6 +318,7 @@ class Actor(nn.Module):
         super().__init__()
         self.sizes = {"obs_shape": tuple(obs_shape), "low": list(low), "high": list(high), "hidden_size": hidden_size,
                       "obs_limit": obs_limit}
+        self.register_buffer("bounds", inner_bounds(low, high), persistent=False)
         self.register_buffer("center", (torch.tensor(high) + torch.tensor(low)) / 2)
         self.register_buffer("scale", (torch.tensor(high) - torch.tensor(low)) / 2)
         self.standardize = Standardize(obs_shape, obs_limit)
@@ -326,7 +335,7 @@ class Actor(nn.Module):
 
     def to_env(self, action: torch.Tensor) -> torch.Tensor:
         """[−1, 1] to the environment's units."""
-        return self.center + self.scale * action
+        return (self.center + self.scale * action).clamp(*self.bounds)
 
     def from_env(self, action: torch.Tensor) -> torch.Tensor:
         """The environment's units to [−1, 1]."""
@@ -552,10 +561,14 @@ def draw(demos: Demonstrations, n: int) -> Batch:
 
 
 class Replay:
-    """Rows of tensors, preallocated on the device: the oldest are overwritten, none unwritten is drawn."""
+    """Rows of tensors, preallocated on the device: the oldest are overwritten, none unwritten is drawn. BadInput where they
+    do not fit."""
 
     def __init__(self, size: int, fields: list[tuple[tuple[int, ...], torch.dtype]], device):
-        self.storage = [torch.zeros(size, *shape, dtype=dtype, device=device) for shape, dtype in fields]
+        try:
+            self.storage = [torch.zeros(size, *shape, dtype=dtype, device=device) for shape, dtype in fields]
+        except RuntimeError as error:
+            raise BadInput(f"--buffer-size {size}: {str(error).splitlines()[0]}") from None
         self.size, self.written, self.device = size, 0, device
 
     def add(self, *rows: torch.Tensor) -> None:
@@ -790,7 +803,7 @@ class Run:
             try:
                 wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=path.name,
                            dir=path)
-            except wandb.Error as error:
+            except Exception as error:  # no login, a setting that it does not know
                 if not args.resume:
                     shutil.rmtree(path)
                 raise BadInput(f"--track: {error}") from None
@@ -1055,7 +1068,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
         args = parse_args(argv)
-        play(args) if args.evaluate else train(args)
+        train(args) if args.evaluate is None else play(args)
     except BadInput as error:
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         return 2

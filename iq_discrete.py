@@ -155,9 +155,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
-    if args.evaluate:  # the environment is the model's own
+    if args.evaluate is not None:  # the environment is the model's own
         return tyro.cli(Args, args=argv, default=replace(Args(), env_id=""))
-    if not args.resume:
+    if args.resume is None:
         settings = dict(SETTINGS.get(env_name(args.env_id), {}))
         if args.divergence != "chi2":  # there χ² is added only where --chi2-alpha asks for it
             settings.pop("chi2_alpha", None)
@@ -584,10 +584,14 @@ def draw(demos: Demonstrations, n: int) -> Batch:
 
 
 class Replay:
-    """Rows of tensors, preallocated on the device: the oldest are overwritten, none unwritten is drawn."""
+    """Rows of tensors, preallocated on the device: the oldest are overwritten, none unwritten is drawn. BadInput where they
+    do not fit."""
 
     def __init__(self, size: int, fields: list[tuple[tuple[int, ...], torch.dtype]], device):
-        self.storage = [torch.zeros(size, *shape, dtype=dtype, device=device) for shape, dtype in fields]
+        try:
+            self.storage = [torch.zeros(size, *shape, dtype=dtype, device=device) for shape, dtype in fields]
+        except RuntimeError as error:
+            raise BadInput(f"--buffer-size {size}: {str(error).splitlines()[0]}") from None
         self.size, self.written, self.device = size, 0, device
 
     def add(self, *rows: torch.Tensor) -> None:
@@ -875,7 +879,7 @@ class Run:
             try:
                 wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=path.name,
                            dir=path)
-            except wandb.Error as error:
+            except Exception as error:  # no login, a setting that it does not know
                 if not args.resume:
                     shutil.rmtree(path)
                 raise BadInput(f"--track: {error}") from None
@@ -1136,7 +1140,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
         args = parse_args(argv)
-        play(args) if args.evaluate else train(args)
+        train(args) if args.evaluate is None else play(args)
     except BadInput as error:
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         return 2

@@ -176,9 +176,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
-    if args.evaluate:  # the environment is the model's own
+    if args.evaluate is not None:  # the environment is the model's own
         return tyro.cli(Args, args=argv, default=replace(Args(), env_id=""))
-    if not args.resume:
+    if args.resume is None:
         return tyro.cli(Args, args=argv, default=replace(Args(), **settings(args)))
     run_dir = Path(args.resume)
     check(os.path.isfile(run_dir / "checkpoint.pt"), f"--resume {run_dir}: no checkpoint.pt found there")
@@ -434,6 +434,14 @@ class Softmax(nn.Module):
         return action
 
 
+def inner_bounds(low: list[float], high: list[float]) -> torch.Tensor:
+    """Both bounds as float32 `[2, A]`, rounded towards each other, so that no action comes out beyond them."""
+    exact = torch.tensor([low, high], dtype=torch.float64)
+    near = exact.float()
+    beyond = torch.stack([near[0] < exact[0], near[1] > exact[1]])
+    return torch.where(beyond, torch.nextafter(near, near.flip(0)), near)
+
+
 class TanhGaussian(nn.Module):
     """Continuous actions, float32 `[B, A]` in [−1, 1]: the tanh of a Gaussian whose mean and log-deviation are the
     actor's outputs. V(s) is a sample of one action. It knows the environment's units of action."""
@@ -445,6 +453,7 @@ class TanhGaussian(nn.Module):
         super().__init__()
         self.sizes = {"obs_shape": tuple(obs_shape), "low": list(low), "high": list(high), "hidden_size": hidden_size,
                       "obs_limit": obs_limit}
+        self.register_buffer("bounds", inner_bounds(low, high), persistent=False)
         self.register_buffer("center", (torch.tensor(high) + torch.tensor(low)) / 2)
         self.register_buffer("scale", (torch.tensor(high) - torch.tensor(low)) / 2)
         self.standardize = Standardize(obs_shape, obs_limit)
@@ -492,7 +501,7 @@ class TanhGaussian(nn.Module):
 
     def to_env(self, action: torch.Tensor) -> torch.Tensor:
         """[−1, 1] to the environment's units."""
-        return self.center + self.scale * action
+        return (self.center + self.scale * action).clamp(*self.bounds)
 
     def from_env(self, action: torch.Tensor) -> torch.Tensor:
         """The environment's units to [−1, 1]."""
@@ -749,10 +758,14 @@ def draw(demos: Demonstrations, n: int) -> States:
 
 
 class Replay:
-    """Rows of tensors, preallocated on the device: the oldest are overwritten, none unwritten is drawn."""
+    """Rows of tensors, preallocated on the device: the oldest are overwritten, none unwritten is drawn. BadInput where they
+    do not fit."""
 
     def __init__(self, size: int, fields: list[tuple[tuple[int, ...], torch.dtype]], device):
-        self.storage = [torch.zeros(size, *shape, dtype=dtype, device=device) for shape, dtype in fields]
+        try:
+            self.storage = [torch.zeros(size, *shape, dtype=dtype, device=device) for shape, dtype in fields]
+        except RuntimeError as error:
+            raise BadInput(f"--buffer-size {size}: {str(error).splitlines()[0]}") from None
         self.size, self.written, self.device = size, 0, device
 
     def add(self, *rows: torch.Tensor) -> None:
@@ -1015,7 +1028,7 @@ class Run:
             try:
                 wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=path.name,
                            dir=path)
-            except wandb.Error as error:
+            except Exception as error:  # no login, a setting that it does not know
                 if not args.resume:
                     shutil.rmtree(path)
                 raise BadInput(f"--track: {error}") from None
@@ -1338,7 +1351,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     try:
         args = parse_args(argv)
-        play(args) if args.evaluate else train(args)
+        train(args) if args.evaluate is None else play(args)
     except BadInput as error:
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
         return 2

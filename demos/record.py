@@ -216,6 +216,14 @@ def clone_normalized(args: Args, arrays: dict[str, np.ndarray]) -> float:
 
 def main():
     args = tyro.cli(Args)
+    folder, switches = (args.out or FOLDER).resolve().parent, [s for s in GRID_SWITCHES if getattr(args, s)]
+    usable = {"GridWorld-v0": set(GRID_SWITCHES), "PointMaze-v0": {"random_start"}}.get(args.env_id, set())
+    if args.env_id not in TABLE:
+        sys.exit(f"--env-id {args.env_id}: expected one of {', '.join(TABLE)}")
+    if not usable.issuperset(switches):
+        sys.exit(f"--env-id {args.env_id}: it has no switches {', '.join(switches)}")
+    if not folder.is_dir():
+        sys.exit(f"--out {args.out}: no folder {folder}")
     start = time.time()
     arrays = record(args)
     _, _, least, _, clone_least = TABLE[args.env_id]
@@ -225,7 +233,7 @@ def main():
     assert returns.mean() >= least, f"mean return {returns.mean():.1f} below {least}: nothing written"
     if args.clone_updates != 0:
         assert clone_normalized(args, arrays) >= clone_least, f"the clone is below {clone_least}: nothing written"
-    name = args.env_id + "".join("-" + s.replace("_", "-") for s in GRID_SWITCHES if getattr(args, s))
+    name = args.env_id + "".join("-" + s.replace("_", "-") for s in switches)
     with open(args.out or FOLDER / f"{name}.npz", "wb") as file:
         np.savez_compressed(file, **arrays)
 

@@ -3,6 +3,7 @@ import csv
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -48,7 +49,8 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def run_all(jobs: list[tuple[dict, str]], path: Path, after=None, cores: tuple[int, ...] = (0, 1)) -> list[dict]:
-    """Run `(labels, command line after python)` jobs that `path` does not hold yet, and append a row for each.
+    """Run `(labels, command line after python)` jobs that `path` does not hold yet, and append a row for each. The directory
+    that `--run-name` names is made anew.
 
     Args:
         after: called with the run's directory for further columns.
@@ -65,6 +67,8 @@ def run_all(jobs: list[tuple[dict, str]], path: Path, after=None, cores: tuple[i
         labels, command = job
         with lock:
             core = idle.pop()
+        name = re.search(r"--run-name (\S+)", command)[1]
+        shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)  # of a run that was stopped
         try:
             run = subprocess.run(["taskset", "-c", str(core), sys.executable, *shlex.split(command)], cwd=ROOT, text=True,
                                  capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -81,9 +85,12 @@ def run_all(jobs: list[tuple[dict, str]], path: Path, after=None, cores: tuple[i
             write_rows(path, rows)
             bar.update()
 
-    with ThreadPoolExecutor(len(cores)) as pool:
+    pool = ThreadPoolExecutor(len(cores))
+    try:
         for result in [pool.submit(work, job) for job in todo]:
             result.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C none is begun
     return read_rows(path)
 
 

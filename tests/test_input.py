@@ -454,6 +454,7 @@ BAD_FLAGS = {
     "--updates-per-step inf": ("expected",),
     "--target-rate 1.5": ("from 0 to 1",),
     "--buffer-size 0": ("at least 1",),
+    "--buffer-size 1000000000000": ("allocate|memory",),
     "--network cnn": ("GridWorld", "CartPole-v1"),
 }
 

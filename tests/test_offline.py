@@ -362,6 +362,15 @@ def test_evaluate_plays_what_was_trained_and_records_it(demos, command, tmp_path
     assert iq_discrete.main(["--evaluate", model]) == 2
 
 
+def test_a_policy_that_was_never_shown_the_last_actions_is_played(command, tmp_path):
+    with np.load(DISCRETE) as file:
+        data = {name: file[name] for name in file.files if name != "num_actions"} | {"actions": file["actions"] * 0}
+    np.savez(tmp_path / "left.npz", **data)
+    assert iq_offline.main(command("--demos", tmp_path / "left.npz")) == 0
+    model = ["--evaluate", str(tmp_path / "run" / "model.pt"), "--eval-episodes", "2"]
+    assert iq_offline.main(model) == 0 and iq_offline.main([*model, "--env-id", "Acrobot-v1"]) == 2
+
+
 # --------------------------------------------------------------------------------------------- demonstrations
 def demonstrations(actions, lengths=(7, 5, 3), **more):
     """Episodes of 4 numbers; the second and third end by themselves."""
@@ -387,6 +396,7 @@ def load(tmp_path, data, **fields):
 def test_sizes_and_bounds_from_the_file_or_from_the_data(tmp_path, capsys):
     assert load(tmp_path, demonstrations(WHOLE)).spaces[:2] == ((4,), 3)
     assert load(tmp_path, demonstrations(WHOLE, num_actions=np.array(6))).spaces.num_actions == 6
+    assert load(tmp_path, demonstrations(np.uint8(WHOLE * 127 + 1))).spaces.num_actions == 256
     bounds = {"action_low": np.array([-2.0, -1.0]), "action_high": np.array([2.0, 3.0])}
     demos = load(tmp_path, demonstrations(REAL, **bounds))
     assert demos.spaces[1:] == (0, (-2.0, -1.0), (2.0, 3.0))
@@ -447,6 +457,7 @@ BAD = {
     "actions one-hot": (demonstrations(np.eye(3, dtype=int)[WHOLE]), [], "(15, 3)"),
     "actions above num_actions": (demonstrations(WHOLE, num_actions=np.array(2)), [], "expected 0 to 1"),
     "actions below 0": (demonstrations(WHOLE - 1), [], "from -1"),
+    "actions without end": (demonstrations(WHOLE * 10**9), [], "65,536"),
     "num_actions a list": (demonstrations(WHOLE, num_actions=np.zeros(3)), [], "num_actions"),
     "bounds too few": (demonstrations(REAL, **LOW | {"action_low": -np.ones(1)}), [], "action_low"),
     "bounds NaN": (demonstrations(REAL, **LOW | {"action_high": np.full(2, np.nan)}), [], "action_low"),

@@ -106,6 +106,19 @@ def test_online_rows_ran_for_as_long_as_their_commands_take_now(name):
         assert int(row["steps"]) == now.total_timesteps, row["command"]
 
 
+def test_runs_of_a_table_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    """What is in the csv stays; a directory that a stopped run left is made anew."""
+    import common
+
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    (tmp_path / "runs" / "b").mkdir(parents=True)
+    script, length = ROOT / "iq_offline.py", "--total-updates 2 --eval-episodes 1"
+    jobs = [({"task": name}, f"{script} --env-id CartPole-v1 {length} --run-name {name}") for name in "ab"]
+    (first,) = common.run_all(jobs[:1], tmp_path / "table.csv", cores=(0,))
+    rows = common.run_all(jobs, tmp_path / "table.csv", cores=(0,))
+    assert rows[0] == first and [row["task"] for row in rows] == ["a", "b"] and rows[1]["updates"] == "2"
+
+
 def test_the_table_of_the_readme_is_made_from_the_csv_files():
     import summary
 

@@ -910,6 +910,25 @@ def test_a_constructor_that_fails_is_bad_input(script, tmp_path, capsys):
     assert "--env-id Fails-v0: no licence" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("low, high", [((-1.4, -1.1), (0.8, 0.2)), ((-0.7, 0.1), (0.3, 0.9))])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_action_lies_beyond_the_bounds_in_any_precision(low, high, dtype):
+    space = gym.spaces.Box(np.array(low, dtype), np.array(high, dtype), dtype=dtype)
+    ends = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+    for kind in (iq_continuous.Actor, importlib.import_module("iq_offline").Actor, iq_ilo.TanhGaussian):
+        actor = kind((3,), space.low.tolist(), space.high.tolist())
+        assert all(space.contains(action) for action in actor.to_env(ends).numpy())
+        torch.testing.assert_close(actor.to_env(ends), torch.tensor([low, high]))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flag", ["--evaluate", "--resume"])
+def test_an_empty_path_trains_nothing(script, flag, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert importlib.import_module(script).main([flag, ""]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
 def test_a_run_is_resumed_from_another_directory(command, tmp_path, monkeypatch):
     shutil.copy(ROOT / "demos" / "CartPole-v1.npz", tmp_path / "mine.npz")
     (tmp_path / "elsewhere").mkdir()
