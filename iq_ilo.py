@@ -195,6 +195,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         args = replace(args, out_dir=stored.out_dir, run_name=stored.run_name)
     if args.demos and os.path.abspath(args.demos) == stored.demos:
         args = replace(args, demos=stored.demos)
+    if args.learning_starts > stored.learning_starts:  # as it was given; a short run had trimmed it
+        args = replace(args, learning_starts=stored.learning_starts)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
