@@ -75,11 +75,11 @@ class Args:
     gamma: float = 0.99  # discount [γ]
     temperature: float = 0.001  # entropy temperature of value and policy [τ]; 0 for the hard maximum
     divergence: Literal["chi2"] = "chi2"  # the distance; iq_discrete.py has the others [φ]
-    chi2_alpha: float = 0.5  # χ² strength [α]
-    chi2_rows: Literal["expert", "both"] = "both"  # rows whose r² is penalised
-    value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "value"  # form of the second term
+    chi2_alpha: float = 0.5  # of the χ² term, E[r²]/(4α) [α]
+    chi2_rows: Literal["expert", "both"] = "both"  # rows that the χ² term averages over: expert's, or policy's too
+    value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "value"  # V−γV': all | expert; (1−γ)V: s0 | expert
     target_rate: float = 0.0  # Polyak rate of a target network for V(s'); 0: none, V(s') has gradient
-    average_rate: float = 0.001  # rate of the moving average that is evaluated and saved; 0: the network
+    average_rate: float = 0.001  # rate of a moving average of the weights, evaluated and saved in their place; 0: none
     # The network
     standardize_obs: bool = True  # subtract the demonstrations' mean frame and scale up what is left
     bfloat16: bool = True  # autocast the convolutions where the hardware has bfloat16; the last layer stays float32
@@ -87,9 +87,9 @@ class Args:
     learning_rate: float = 1e-4  # of Adam
     batch_size: int = 64  # expert rows, and as many policy rows
     buffer_size: int = 200_000  # transitions of the agent's own that are kept
-    updates_per_step: float = 0.25  # gradient updates per environment step (bc: that many, and no step)
+    updates_per_step: float = 0.25  # gradient updates per environment step (bc: as many in all, but no steps)
     # The run
-    eval_every: int = 4_000  # steps (before play: updates) between evaluations; 0: none at all
+    eval_every: int = 4_000  # steps (in pretraining: updates) between evaluations; 0: none at all
     eval_episodes: int = 10  # episodes of an evaluation
     out_dir: str = "runs"  # where run directories go
     run_name: str | None = None  # the run's directory (default: environment, script, seed, time)
@@ -164,7 +164,7 @@ def validate(args: Args) -> None:
         "at least 1": (lambda x: x >= 1, "num_envs subsample_freq batch_size buffer_size eval_episodes"),
         "at least 0 and finite": (lambda x: 0 <= x < np.inf, "seed pretrain_updates total_timesteps num_demos "
                        "temperature eval_every checkpoint_every"),
-        "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
+        "at most 2 million (evaluation seeds, 100,000 + 1,000 times it, have 31 bits)": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "learning_rate updates_per_step chi2_alpha"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
         "from 0 to 1": (lambda x: 0 <= x <= 1, "target_rate average_rate"),
@@ -177,7 +177,7 @@ def validate(args: Args) -> None:
     check(not args.capture_video or importlib.util.find_spec("moviepy"), "--capture-video: it needs `pip install moviepy`")
     check(not args.capture_video or args.evaluate or args.eval_every,
           "--capture-video: with --eval-every 0 there is no evaluation to record")
-    check(args.buffer_size >= 8 * args.num_envs, f"--buffer-size {args.buffer_size}: expected 8 for each environment")
+    check(args.buffer_size >= 8 * args.num_envs, f"--buffer-size {args.buffer_size}: expected at least 8 times --num-envs")
 
 
 # ---------------------------------------------------------------------------------------- Environment
@@ -344,7 +344,7 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     ends = {"terminations", "truncations"}
     if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):
         return where, read_npz(path, names)
-    if "terminations" in keys:  # of the two the one that training reads
+    if "terminations" in keys:  # training reads no truncations
         return where, read_npz(path, [name for name in names if name != "truncations"])
     check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
           "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
@@ -545,7 +545,7 @@ class Replay:
     def sample(self, n: int) -> Batch:
         """`n` transitions drawn with replacement from those whose five frames are still there.
 
-        2n places are drawn and the first n that start a transition are taken: at least every other place does.
+        2n places are drawn and the first n that start a transition are taken: only an episode's last frame starts none.
         """
         ring = torch.randint(len(self.rings), (2 * n,), device=self.frames.device)
         written, capacity = self.written[ring], self.frames.shape[1]
@@ -604,7 +604,7 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
         with torch.no_grad():
             next_V = soft_value(target(next_obs), τ)
     next_V = (1 - terminated) * next_V
-    # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to Eq. 9 where dynamics are random.
+    # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to the loss where dynamics are random.
     r = q[: len(obs)].gather(1, action[:, None]).squeeze(1) - γ * next_V
 
     terms = {"expert_term": -r[:n_expert].mean()}  # χ²: φ(r) = r − r²/(4α), its second part is the last term
@@ -642,7 +642,7 @@ def sample_action(network, obs: torch.Tensor, temperature: float) -> torch.Tenso
 def evaluate(network, args: Args, device, stop: "Run | None" = None, frames: list | None = None):
     """Returns of `--eval-episodes` whole episodes of the greedy policy, on environments of its own.
 
-    One episode from each of as many environments, so that none is dropped for its length; `network` None plays
+    One episode in each of that many environments, so that long ones count like short ones; `network` None plays
     uniformly random actions. Grey frames of the first episode, `[84, 84]`, are appended to `frames`.
 
     Returns:
@@ -707,7 +707,7 @@ def load_model(path: str, device="cpu") -> tuple[QNetwork, dict]:
     check(os.path.isfile(path), f"{path}: no such file")
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py, which plays it")
+        check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py: play it with that script")
         network = QNetwork(**saved["sizes"]).to(device)
         network.load_state_dict(saved["network"])
     except (*UNREADABLE, LookupError, TypeError, pickle.UnpicklingError) as error:
@@ -804,15 +804,15 @@ class Run:
         return not self.signum and (self.updates < self.pretrain or self.step < self.total)
 
     def tick(self, clock: int, steps: int) -> None:
-        """`steps` more on `clock` (steps, before play updates): move the bar, report and save where that is due."""
+        """`clock` (steps; in pretraining updates) has grown by `steps`: move the bar, report and save where that is due."""
         self.bar.update(steps)
-        if clock % self.every < steps and self.running():
+        if clock % self.every < steps and self.running():  # it has passed a multiple
             self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
 
     def report(self, last: bool = False) -> None:
-        """Evaluate and write a row, unless a signal came before; where one comes meanwhile, a resumed run begins with it."""
+        """Evaluate and write a row of metrics.csv; not after a signal. If one cuts it off, a resumed run does it first."""
         self.check_finite()
         if self.signum:
             return
@@ -882,15 +882,15 @@ class Run:
 
 
 def make_gradient(loss_of, parameters: list[torch.Tensor], compiled: bool):
-    """`loss_of(*tensors)`, which returns a loss and its terms, as a function that leaves the loss's gradient on
-    `parameters`, in place of an older one, and returns the terms without: the compile boundary."""
+    """A function that calls `loss_of(*tensors)`, which returns a loss and its terms, replaces the gradient on `parameters`
+    by that of the loss, and returns the terms detached: the compile boundary."""
     def add_gradient(*tensors) -> dict[str, torch.Tensor]:
         loss, terms = loss_of(*tensors)
         loss.backward(inputs=parameters)
         return {name: term.detach() for name, term in terms.items()}
 
     if compiled:
-        traces_backward = torch._dynamo.config.patch(trace_autograd_ops=True)  # in one graph with the loss; for this alone
+        traces_backward = torch._dynamo.config.patch(trace_autograd_ops=True)  # in the loss's graph; set for this alone
         add_gradient = traces_backward(torch.compile(add_gradient, fullgraph=True))
 
     def gradient(*tensors) -> dict[str, torch.Tensor]:
@@ -953,7 +953,7 @@ def train(args: Args) -> Path:
     pretrain, total, n = args.pretrain_updates, args.total_timesteps, args.batch_size
     if args.objective == "bc":  # it reads the demonstrations alone: the same updates, and no play
         pretrain, total = pretrain + int(total * args.updates_per_step), 0
-    both = args.value_loss == "value" or args.chi2_rows == "both"
+    both = args.value_loss == "value" or args.chi2_rows == "both"  # else play is not trained on
     replay = Replay(args.buffer_size if total or args.resume else 8 * args.num_envs, args.num_envs, device)
     update = make_update(network, target, average, optimizer, n, args)
 
@@ -1006,7 +1006,7 @@ def play(args: Args) -> None:
     network, saved = load_model(args.evaluate, device)
     network.autocast = saved["args"]["bfloat16"] and has_bfloat16(device)  # as in training
     check(args.env_id in ("", saved["env_id"]),
-          f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
+          f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}: leave it out")
     args = replace(args, env_id=saved["env_id"])
     validate(args)
     start, frames, run_dir = time.time(), [] if args.capture_video else None, Path(args.evaluate).resolve().parent

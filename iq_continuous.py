@@ -10,9 +10,9 @@
 A critic Q(s, a) and a tanh-Gaussian actor π, trained as in soft actor-critic, but for the reward that the critic
 implies, r = Q(s,a) − γ V(s') with V(s) = Q(s,ã) − τ log π(ã|s), ã ~ π(·|s). The critic minimises
 
-    L = −E_expert[r] + (value term) + E[r²]/(4α)
+    L = −E_expert[r] + (1−γ)·E_expert[V(s)] + E[r²]/(4α)
 
-over demonstrations and the agent's own play. The environment's reward is never read in training.
+over demonstrations and the agent's own play (`--value-loss`: other second terms), never reading the environment's reward.
 
     python iq_continuous.py --env-id Hopper-v5
 
@@ -64,10 +64,10 @@ SETTINGS: dict[str, dict] = {
                  "anneal_lr": 0.5, "total_timesteps": 120_000},
     "Ant": {"obs_dims": 27,  # without the contact forces: 3,498 instead of 127 at 20,000 steps (seed 1, an older expert)
             "pretrain_updates": 5_000, "cloning_weight": 0.05, "anneal_lr": 0.5, "restart_rate": 0.005,
-            "target_rate": 0.02,  # DEVIATION: lying on the back leads to itself; V falls there by e in 1/((1−γ)rate) updates
+            "target_rate": 0.02,  # DEVIATION: an Ant on its back stays there; V of it falls e-fold in 1/((1−γ)rate) updates
             "num_envs": 8, "updates_per_step": 0.125,  # DEVIATION: falls are rare, so eight steps for an update
             "total_timesteps": 400_000, "cloning_steps": 400_000, "learning_starts": 5_000, "eval_every": 25_000,
-            "eval_episodes": 20, "checkpoint_every": 50_000},  # one has the replay, 0.4 GB in the end
+            "eval_episodes": 20, "checkpoint_every": 50_000},  # each holds the replay, 0.4 GB at last
     "Humanoid": {"obs_dims": 45,  # positions and velocities, which are what its expert saw
                  "pretrain_updates": 5_000, "cloning_weight": 0.05, "anneal_lr": 0.33, "restart_rate": 0.005,
                  "num_envs": 8, "updates_per_step": 0.33, "total_timesteps": 300_000, "cloning_steps": 150_000,  # as Ant
@@ -75,7 +75,7 @@ SETTINGS: dict[str, dict] = {
     "Pendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
     "InvertedPendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
 }
-# `--preset paper`: the published settings but their 500,000 steps, for every environment and for those that differ.
+# `--preset paper`: the published settings, except their 500,000 steps; PAPER_SETTINGS has those that differ per environment.
 PAPER = {"standardize_obs": False, "layer_norm": False, "bound_targets": False, "average_rate": 0.0, "batch_size": 256,
          "value_loss": "v0_expert", "temperature": 0.01, "actor_lr": 3e-5, "critic_lr": 3e-4}
 PAPER_SETTINGS: dict[str, dict] = {
@@ -94,29 +94,29 @@ class Args:
     preset: Literal["ours", "paper"] = "ours"  # the settings that flags start from; the published ones for comparison
     pretrain_updates: int = 0  # updates that clone the actor, before any play
     total_timesteps: int = 50_000  # environment steps, summed over the environments
-    learning_starts: int = 1_280  # steps of the first policy before the first update; at most a tenth of the run's
+    learning_starts: int = 1_280  # steps of the untrained/cloned actor before the first update; at most a tenth of the run
     num_envs: int = 1  # environments stepped side by side
     # Demonstrations
     demos: str | None = None  # an .npz file or a Minari dataset id (default: the bundled file)
     num_demos: int = 1  # trajectories, drawn by the seed; 0 for all
     subsample_freq: int = 1  # keep every k-th transition of a trajectory, from a random offset
-    dones_are: Literal["terminations", "time-limits"] | None = None  # what `dones` in a file means
+    dones_are: Literal["terminations", "time-limits"] | None = None  # what a file's `dones` mark
     # The objective (the letters of the equations in brackets)
     gamma: float = 0.99  # discount [γ]
     temperature: float = 0.01  # entropy temperature of value and policy, fixed [τ]
     divergence: Literal["chi2"] = "chi2"  # the distance; iq_discrete.py has the others [φ]
-    chi2_alpha: float = 0.5  # χ² strength [α]
-    chi2_rows: Literal["expert", "both"] = "both"  # rows whose r² is penalised
-    value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "v0_expert"  # form of the second term
-    bound_targets: bool = True  # clip the target's V(s') where χ² on both halves bounds it; not with large temperatures
+    chi2_alpha: float = 0.5  # of the χ² term, E[r²]/(4α) [α]
+    chi2_rows: Literal["expert", "both"] = "both"  # rows that the χ² term averages over: expert's, or policy's too
+    value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "v0_expert"  # V−γV': all | expert; (1−γ)V: s0 | expert
+    bound_targets: bool = True  # clip V(s') at ±4α/(1−γ) where χ² is on both halves; turn it off for a large temperature
     target_rate: float = 0.005  # Polyak rate of the target critic for V(s')
-    average_rate: float = 0.0005  # rate of the moving average that is evaluated and saved; 0: the network
+    average_rate: float = 0.0005  # rate of a moving average of the weights, evaluated and saved in their place; 0: none
     cloning_weight: float = 0.0  # weight of cloning in the actor's loss, on expert rows
     cloning_steps: int = 50_000  # steps over which that weight fades to zero
     # The network
     hidden_size: int = 256  # units of a layer
     layer_norm: bool = True  # LayerNorm in the critic
-    obs_dims: int = 0  # entries of an observation that the networks see, the first ones; 0: all
+    obs_dims: int = 0  # number of an observation's first entries that the networks see; 0: all
     standardize_obs: bool = True  # standardise observations by the demonstrations
     # Optimisation
     actor_lr: float = 3e-5  # of Adam, actor
@@ -127,7 +127,7 @@ class Args:
     updates_per_step: float = 1.0  # gradient updates per environment step
     restart_rate: float = 0.0  # probability, at a step, that play breaks off and begins anew: more starts are seen
     # The run
-    eval_every: int = 5_000  # steps (before play: updates) between evaluations; 0: none at all
+    eval_every: int = 5_000  # steps (in pretraining: updates) between evaluations; 0: none at all
     eval_episodes: int = 10  # episodes of an evaluation
     out_dir: str = "runs"  # where run directories go
     run_name: str | None = None  # the run's directory (default: environment, script, seed, time)
@@ -195,8 +195,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
         args = replace(args, out_dir=stored.out_dir, run_name=stored.run_name)
     if args.demos and os.path.abspath(args.demos) == stored.demos:
         args = replace(args, demos=stored.demos)
-    if args.learning_starts > stored.learning_starts:  # as it was given; a short run had trimmed it
-        args = replace(args, learning_starts=stored.learning_starts)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
@@ -211,7 +209,7 @@ def validate(args: Args) -> None:
                        "learning_starts cloning_steps"),
         "at least 0 and finite": (lambda x: 0 <= x < np.inf, "seed pretrain_updates total_timesteps num_demos "
                        "temperature cloning_weight obs_dims eval_every checkpoint_every"),
-        "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
+        "at most 2 million (evaluation seeds, 100,000 + 1,000 times it, have 31 bits)": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "actor_lr critic_lr updates_per_step chi2_alpha"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
         "from 0 to 1": (lambda x: 0 <= x <= 1, "average_rate anneal_lr restart_rate"),
@@ -287,7 +285,7 @@ def mlp(inputs: int, hidden_size: int, outputs: int, layer_norm: bool = False) -
 
 
 class QNetwork(nn.Module):
-    """Q(s, a): observations `[B, *obs_shape]` and actions `[B, A]` in [−1, 1] to `[B]`."""
+    """Q(s, a): observations `[B, *obs_shape]` and actions `[B, A]` in [−1, 1] to `[B]`; A is `num_actions`."""
 
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, hidden_size: int = 256, layer_norm: bool = False,
                  obs_limit: float = 10.0):
@@ -450,7 +448,7 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     ends = {"terminations", "truncations"}
     if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):
         return where, read_npz(path, names)
-    if "terminations" in keys:  # of the two the one that training reads
+    if "terminations" in keys:  # training reads no truncations
         return where, read_npz(path, [name for name in names if name != "truncations"])
     check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
           "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
@@ -625,14 +623,14 @@ def iq_loss(critic, target, actor: Actor, batch: Batch, fresh, n_expert: int, in
     assert obs.shape == next_obs.shape and action.shape == fresh[0].shape and terminated.shape == (len(obs),)
     with torch.no_grad():  # V(s') carries no gradient: the target critic's
         next_V = soft_value(target, actor, next_obs, τ)
-        if args.bound_targets and args.chi2_rows == "both":  # DEVIATION: there |r| stays near 4α, so |V| near this
+        if args.bound_targets and args.chi2_rows == "both":  # DEVIATION: there |r| ≤ about 4α, so |V| ≤ about this
             next_V = next_V.clamp(-4 * α / (1 - γ), 4 * α / (1 - γ))
         next_V = (1 - terminated) * next_V
     # One pass for Q(s,a) and Q(s,ã), over the rows whose value the loss reads. V(s) has gradient to the critic alone.
     n_value = {"value": len(obs), "v0": 0}.get(args.value_loss, n_expert)
     q = critic(torch.cat([obs, obs[:n_value]]), torch.cat([action, fresh[0][:n_value]]))
     q, V = q[: len(obs)], q[len(obs) :] - τ * fresh[1][:n_value]
-    # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to Eq. 9 where dynamics are random.
+    # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to the loss where dynamics are random.
     r = q - γ * next_V
 
     terms = {"expert_term": -r[:n_expert].mean()}  # χ²: φ(r) = r − r²/(4α), its second part is the last term
@@ -673,7 +671,7 @@ def cloning_loss(actor: Actor, batch: Batch, n_expert: int) -> torch.Tensor:
 def evaluate(actor, args: Args, device, stop: "Run | None" = None, frames: list | None = None):
     """Returns of `--eval-episodes` whole episodes of the deterministic policy, on environments of its own.
 
-    One episode from each of as many environments, so that none is dropped for its length; `actor` None plays
+    One episode in each of that many environments, so that long ones count like short ones; `actor` None plays
     uniformly random actions. RGB frames of the first episode are appended to `frames`.
 
     Returns:
@@ -733,7 +731,7 @@ def load_model(path: str, device="cpu") -> tuple[Actor, QNetwork, dict]:
     check(os.path.isfile(path), f"{path}: no such file")
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py, which plays it")
+        check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py: play it with that script")
         actor, critic = Actor(**saved["actor_sizes"]).to(device), QNetwork(**saved["critic_sizes"]).to(device)
         actor.load_state_dict(saved["actor"])
         critic.load_state_dict(saved["critic"])
@@ -831,15 +829,15 @@ class Run:
         return not self.signum and (self.updates < self.pretrain or self.step < self.total)
 
     def tick(self, clock: int, steps: int) -> None:
-        """`steps` more on `clock` (steps, before play updates): move the bar, report and save where that is due."""
+        """`clock` (steps; in pretraining updates) has grown by `steps`: move the bar, report and save where that is due."""
         self.bar.update(steps)
-        if clock % self.every < steps and self.running():
+        if clock % self.every < steps and self.running():  # it has passed a multiple
             self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
 
     def report(self, last: bool = False) -> None:
-        """Evaluate and write a row, unless a signal came before; where one comes meanwhile, a resumed run begins with it."""
+        """Evaluate and write a row of metrics.csv; not after a signal. If one cuts it off, a resumed run does it first."""
         self.check_finite()
         if self.signum:
             return
@@ -967,7 +965,7 @@ def train(args: Args) -> Path:
     if args.capture_video:
         make_envs(args, 1, "rgb_array").close()
     obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
-    limit = 10.0 if args.standardize_obs else np.inf  # deviations; raw observations are the network's as they are
+    limit = 10.0 if args.standardize_obs else np.inf  # in deviations; raw observations are not clipped
     actor = Actor(obs_shape, action_space.low.tolist(), action_space.high.tolist(), args.hidden_size, limit).to(device)
     demos = load_demonstrations(args, obs_shape, actor, device)
     check(args.obs_dims <= np.prod(obs_shape), f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}")
@@ -976,13 +974,13 @@ def train(args: Args) -> Path:
         for network in (actor, critic):
             network.standardize.mean.copy_(demos.transitions.obs.mean(0))
             network.standardize.std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant ones
-    if args.obs_dims:  # DEVIATION: the others are divided by infinity
+    if args.obs_dims:  # DEVIATION: the others, divided by infinity, enter as 0
         for network in (actor, critic):
             network.standardize.std.view(-1)[args.obs_dims :] = np.inf
     target = deepcopy(critic)
     average = deepcopy(actor) if args.average_rate else None  # DEVIATION: the paper has the last iterate
     policy = average or actor  # what is evaluated and saved
-    learning_rates = (args.actor_lr, args.critic_lr)  # tensors, so that a compiled update follows them
+    learning_rates = (args.actor_lr, args.critic_lr)  # to Adam as tensors, so that a compiled update follows them
     optimizers = [torch.optim.Adam(network.parameters(), lr=torch.tensor(lr, device=device), fused=True)
                   for network, lr in zip((actor, critic), learning_rates)]
     pretrain, total, n = args.pretrain_updates, args.total_timesteps, args.batch_size
@@ -1055,7 +1053,7 @@ def play(args: Args) -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     actor, _, saved = load_model(args.evaluate, device)
     check(args.env_id in ("", saved["env_id"]),
-          f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
+          f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}: leave it out")
     args = replace(args, env_id=saved["env_id"])
     validate(args)
     start, frames, run_dir = time.time(), [] if args.capture_video else None, Path(args.evaluate).resolve().parent

@@ -9,10 +9,11 @@
 
 One network Q(s, a) is the policy, softmax(Q/τ), and the reward, r = Q(s,a) − γ V(s'). It minimises
 
-    L = −E_expert[φ(r)] + E_expert and policy[V(s) − γ V(s')] (χ²: −E_expert[r] and + E[r²]/(4α))
+    L = −E_expert[φ(r)] + (value term)    with χ²: −E_expert[r] + (value term) + E[r²]/(4α)
 
-over demonstrations and the agent's own play; `--value-loss` has four forms of the second term. The environment's reward is
-never read in training.
+over demonstrations and the agent's own play. The value term is E[V(s) − γ V(s')] over both (`--value-loss value`), but
+(1−γ)·E_expert[V(s)] (`v0_expert`) in the CartPole run below, and play is left out on LunarLander: see SETTINGS. The
+environment's reward is never read in training.
 
     python iq_discrete.py --env-id CartPole-v1 --num-demos 1 --subsample-freq 20
 
@@ -55,12 +56,12 @@ RANDOM_RETURN = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
     # From 25 transitions 495 on seven tuning seeds; `--value-loss value`, τ 1, α 50 and a slower target had 423 on six. This
-    # form pays for surviving: an expert that falls is imitated only with `--absorbing` (pushing left: 9; without it 478).
+    # form pays for surviving: imitating one that only pushes left, and falls, scores 9 with `--absorbing`, 478 without.
     "CartPole": {"gamma": 0.97, "temperature": 0.1, "chi2_alpha": 0.05, "value_loss": "v0_expert",
                  "absorbing": True, "target_rate": 0.01, "average_rate": 0.0005},
     "Acrobot": {"temperature": 0.1, "total_timesteps": 10_000},
-    # The loss of τ 0.01 and α 0.5 for Q 100 times as large, which makes the first policies soft, on expert rows alone, so
-    # play is not read: this is iq_offline.py's. With play in it (`--value-loss value --chi2-rows both`) 11 instead of 162
+    # As τ 0.01, α 0.5 with Q 100 times as large, so that the first policies are soft. Only expert rows are in the loss
+    # (iq_offline.py's): play is not trained on. With play in it (`--value-loss value --chi2-rows both`) 11 instead of 162
     # from one trajectory, and 276 instead of 277 from ten.
     "LunarLander": {"temperature": 1.0, "chi2_alpha": 50.0, "value_loss": "value_expert", "chi2_rows": "expert",
                     "hidden_size": 256, "learning_rate": 3e-4, "average_rate": 0.0005},
@@ -87,20 +88,20 @@ class Args:
     demos: str | None = None  # an .npz file or a Minari dataset id (default: the bundled file)
     num_demos: int = 10  # trajectories, drawn by the seed; 0 for all
     subsample_freq: int = 1  # keep every k-th transition of a trajectory, from a random offset
-    dones_are: Literal["terminations", "time-limits"] | None = None  # what `dones` in a file means
+    dones_are: Literal["terminations", "time-limits"] | None = None  # what a file's `dones` mark
     # The objective (the letters of the equations in brackets)
     objective: Literal["iq", "bc"] = "iq"  # IQ-Learn, or behavioural cloning with the same network
     gamma: float = 0.99  # discount [γ]
     temperature: float = 0.01  # entropy temperature of value and policy [τ]; 0 for the hard maximum
     divergence: Literal["chi2", "tv", "kl", "forward_kl", "hellinger", "js", "w1"] = "chi2"  # distance [φ]
-    chi2_alpha: float | None = None  # χ² strength [α] (default: 0.5 with chi2, else no χ² term)
-    chi2_rows: Literal["expert", "both"] = "both"  # rows whose r² is penalised
-    value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "value"  # form of the second term
-    absorbing: bool = False  # v0 forms, χ² on both: an absorbing state follows an episode's own end
+    chi2_alpha: float | None = None  # of the χ² term, E[r²]/(4α) [α] (default: 0.5 with chi2, else no χ² term)
+    chi2_rows: Literal["expert", "both"] = "both"  # rows that the χ² term averages over: expert's, or policy's too
+    value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "value"  # V−γV': all | expert; (1−γ)V: s0 | expert
+    absorbing: bool = False  # at a termination V(s') is an absorbing state's value, not 0 (only v0 forms with χ² on both)
     gradient_penalty: float = 10.0  # weight of the gradient penalty [λ], with w1 alone
     q_bound: float | None = None  # |Q| bounded by a tanh; 0 for none (default: 10 with tv, else none)
     target_rate: float = 0.0  # Polyak rate of a target network for V(s'); 0: none, V(s') has gradient
-    average_rate: float = 0.0  # rate of the moving average that is evaluated and saved; 0: the network
+    average_rate: float = 0.0  # rate of a moving average of the weights, evaluated and saved in their place; 0: none
     # The network
     network: Literal["mlp", "cnn"] = "mlp"  # the CNN is for GridWorld
     hidden_size: int = 64  # units (cnn: channels) of a layer
@@ -110,9 +111,9 @@ class Args:
     learning_rate: float = 1e-3  # of Adam
     batch_size: int = 32  # expert rows, and as many policy rows
     buffer_size: int = 100_000  # transitions of the agent's own that are kept
-    updates_per_step: float = 1.0  # gradient updates per environment step (bc: that many, and no step)
+    updates_per_step: float = 1.0  # gradient updates per environment step (bc: as many in all, but no steps)
     # The run
-    eval_every: int = 2_000  # steps (before play: updates) between evaluations; 0: none at all
+    eval_every: int = 2_000  # steps (in pretraining: updates) between evaluations; 0: none at all
     eval_episodes: int = 20  # episodes of an evaluation
     out_dir: str = "runs"  # where run directories go
     run_name: str | None = None  # the run's directory (default: environment, script, seed, time)
@@ -159,9 +160,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
         return tyro.cli(Args, args=argv, default=replace(Args(), env_id=""))
     if args.resume is None:
         settings = dict(SETTINGS.get(env_name(args.env_id), {}))
-        if args.divergence != "chi2":  # there χ² is added only where --chi2-alpha asks for it
+        if args.divergence != "chi2":  # without chi2 its term is added only for a given --chi2-alpha
             settings.pop("chi2_alpha", None)
-            if settings.pop("absorbing", False):  # and the v0 forms see play through χ² alone
+            if settings.pop("absorbing", False):  # in the v0 forms only that term reads play: use `value`
                 settings.pop("value_loss")
         return tyro.cli(Args, args=argv, default=replace(Args(), **settings))
     run_dir = Path(args.resume)
@@ -192,7 +193,7 @@ def validate(args: Args) -> None:
         "at least 1": (lambda x: x >= 1, "num_envs subsample_freq batch_size buffer_size eval_episodes hidden_size"),
         "at least 0 and finite": (lambda x: 0 <= x < np.inf, "seed pretrain_updates total_timesteps num_demos "
                        "temperature gradient_penalty obs_noise eval_every checkpoint_every"),
-        "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
+        "at most 2 million (evaluation seeds, 100,000 + 1,000 times it, have 31 bits)": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "learning_rate updates_per_step"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
         "from 0 to 1": (lambda x: 0 <= x <= 1, "target_rate average_rate"),
@@ -474,7 +475,7 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     ends = {"terminations", "truncations"}
     if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):
         return where, read_npz(path, names)
-    if "terminations" in keys:  # of the two the one that training reads
+    if "terminations" in keys:  # training reads no truncations
         return where, read_npz(path, [name for name in names if name != "truncations"])
     check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
           "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
@@ -626,7 +627,7 @@ def soft_value(q: torch.Tensor, temperature: float) -> torch.Tensor:
 
 def implied_reward(network: nn.Module, obs, action, next_obs, terminated, gamma: float, temperature: float, end_value=0.0):
     """The reward that Q implies, r = Q(s,a) − γV(s') (Eq. 11), `[B]` for transitions as in `Batch`; where an episode ended
-    by itself V(s') is `end_value`, which model.pt has: with `--absorbing` not 0."""
+    by itself V(s') is `end_value`: saved["end_value"] of `load_model`, 0 but with `--absorbing`."""
     q, ended = network(obs).gather(1, action[:, None]).squeeze(1), terminated.float()
     return q - gamma * ((1 - ended) * soft_value(network(next_obs), temperature) + ended * end_value)
 
@@ -634,8 +635,8 @@ def implied_reward(network: nn.Module, obs, action, next_obs, terminated, gamma:
 def phi(divergence: str, r: torch.Tensor) -> torch.Tensor:
     """The concave φ(r) = −f*(−r) of a statistical distance (§4 and appendix B), elementwise.
 
-    Outside its domain φ goes on along its tangent at a margin inside, since a clamp would leave a row without
-    gradient. For chi2 this is the linear part: −r²/(4α) is the loss's term of its own.
+    Below `margin`, just inside the domain (kl: before exp(−r) explodes), φ goes on along its tangent there, since a clamp
+    would leave a row without gradient. For chi2 this is the linear part only: −r²/(4α) is a separate term of the loss.
     DEVIATION: forward_kl has its tangent below 0.01 instead of a parametrisation that keeps r positive.
     """
     if divergence in ("chi2", "tv", "w1"):
@@ -653,12 +654,12 @@ def phi(divergence: str, r: torch.Tensor) -> torch.Tensor:
 def absorbing_value(expert_rate, policy_rate, args: Args):
     """V of the absorbing state that follows an episode's own end, for the v0 forms with χ².
 
-    The loss, its second term aside, has its optimum at r = 4α·ρ_expert/(ρ_expert + ρ_policy): from 0, where the policy
-    alone gets, to 4α. In the absorbing state the densities are the shares of transitions that lead there, and r goes on
-    for ever. With V = 0 instead these forms would pay for surviving longer than an expert whose episodes end.
+    Without its second term the loss is least at r = 4α·ρ_expert/(ρ_expert + ρ_policy): 0 where only the policy goes, 4α
+    where only the expert does. In the absorbing state ρ is the share of transitions that lead there, and r repeats for
+    ever, so V = r/(1−γ). With V = 0 instead these forms would pay for surviving longer than an expert whose episodes end.
 
     Args:
-        expert_rate, policy_rate: share of either's transitions that ended an episode by itself; the first above 0.
+        expert_rate, policy_rate: share of each one's transitions that ended an episode by itself; the first above 0.
     """
     return 4 * (args.chi2_alpha or 0.5) / (1 - args.gamma) * expert_rate / (expert_rate + policy_rate)
 
@@ -687,7 +688,7 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
         with torch.no_grad():
             next_V = soft_value(target(next_obs), τ)
     next_V = (1 - terminated) * next_V + terminated * end_value  # DEVIATION: with `--absorbing` not 0
-    # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to Eq. 9 where dynamics are random.
+    # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to the loss where dynamics are random.
     r = q[: len(obs)].gather(1, action[:, None]).squeeze(1) - γ * next_V
 
     terms = {"expert_term": -phi(args.divergence, r[:n_expert]).mean()}
@@ -748,7 +749,7 @@ def sample_action(network, obs: torch.Tensor, temperature: float) -> torch.Tenso
 def evaluate(network, args: Args, device, stop: "Run | None" = None, frames: list | None = None):
     """Returns of `--eval-episodes` whole episodes of the greedy policy, on environments of its own.
 
-    One episode from each of as many environments, so that none is dropped for its length; `network` None plays
+    One episode in each of that many environments, so that long ones count like short ones; `network` None plays
     uniformly random actions. RGB frames of the first episode are appended to `frames`.
 
     Returns:
@@ -808,7 +809,7 @@ def load_model(path: str, device="cpu") -> tuple[QNetwork, dict]:
     check(os.path.isfile(path), f"{path}: no such file")
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py, which plays it")
+        check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py: play it with that script")
         network = QNetwork(**saved["sizes"]).to(device)
         network.load_state_dict(saved["network"])
     except (*UNREADABLE, LookupError, TypeError, pickle.UnpicklingError) as error:
@@ -905,15 +906,15 @@ class Run:
         return not self.signum and (self.updates < self.pretrain or self.step < self.total)
 
     def tick(self, clock: int, steps: int) -> None:
-        """`steps` more on `clock` (steps, before play updates): move the bar, report and save where that is due."""
+        """`clock` (steps; in pretraining updates) has grown by `steps`: move the bar, report and save where that is due."""
         self.bar.update(steps)
-        if clock % self.every < steps and self.running():
+        if clock % self.every < steps and self.running():  # it has passed a multiple
             self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
 
     def report(self, last: bool = False) -> None:
-        """Evaluate and write a row, unless a signal came before; where one comes meanwhile, a resumed run begins with it."""
+        """Evaluate and write a row of metrics.csv; not after a signal. If one cuts it off, a resumed run does it first."""
         self.check_finite()
         if self.signum:
             return
@@ -983,15 +984,15 @@ class Run:
 
 
 def make_gradient(loss_of, parameters: list[torch.Tensor], compiled: bool):
-    """`loss_of(*tensors)`, which returns a loss and its terms, as a function that leaves the loss's gradient on
-    `parameters`, in place of an older one, and returns the terms without: the compile boundary."""
+    """A function that calls `loss_of(*tensors)`, which returns a loss and its terms, replaces the gradient on `parameters`
+    by that of the loss, and returns the terms detached: the compile boundary."""
     def add_gradient(*tensors) -> dict[str, torch.Tensor]:
         loss, terms = loss_of(*tensors)
         loss.backward(inputs=parameters)
         return {name: term.detach() for name, term in terms.items()}
 
     if compiled:
-        traces_backward = torch._dynamo.config.patch(trace_autograd_ops=True)  # in one graph with the loss; for this alone
+        traces_backward = torch._dynamo.config.patch(trace_autograd_ops=True)  # in the loss's graph; set for this alone
         add_gradient = traces_backward(torch.compile(add_gradient, fullgraph=True))
 
     def gradient(*tensors) -> dict[str, torch.Tensor]:
@@ -1049,7 +1050,7 @@ def train(args: Args) -> Path:
     demos = load_demonstrations(args, obs_shape, num_actions, device)
 
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
-    limit = 10.0 if args.standardize_obs else np.inf  # deviations; raw observations are the network's as they are
+    limit = 10.0 if args.standardize_obs else np.inf  # in deviations; raw observations are not clipped
     network = QNetwork(obs_shape, num_actions, args.network, args.hidden_size, q_bound, limit).to(device)
     if args.standardize_obs:
         network.obs_mean.copy_(demos.transitions.obs.mean(0))
@@ -1061,7 +1062,7 @@ def train(args: Args) -> Path:
     pretrain, total, n = args.pretrain_updates, args.total_timesteps, args.batch_size
     if args.objective == "bc":  # it reads the demonstrations alone: the same updates, and no play
         pretrain, total = pretrain + int(total * args.updates_per_step), 0
-    both = args.value_loss == "value" or args.chi2_rows == "both" or args.divergence == "w1"
+    both = args.value_loss == "value" or args.chi2_rows == "both" or args.divergence == "w1"  # else play is not trained on
     fields = [(obs_shape, torch.float32), ((), torch.int64), (obs_shape, torch.float32), ((), torch.float32)]
     replay = Replay(args.buffer_size if total or args.resume else 1, fields, device)
     initial = Replay(10_000, [(obs_shape, torch.float32)], device)  # states that episodes start from
@@ -1120,7 +1121,7 @@ def play(args: Args) -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     network, saved = load_model(args.evaluate, device)
     check(args.env_id in ("", saved["env_id"]),
-          f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
+          f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}: leave it out")
     for name in ("grid_size", *GRID_SWITCHES):
         own, given = saved["args"][name], getattr(args, name)
         check(given in (getattr(Args(), name), own),

@@ -8,16 +8,17 @@
 """Inverse soft-Q Learning (IQ-Learn, arXiv:2106.12142): imitation from observations only, and state-only rewards.
 
 The demonstrations hold states and no actions. IQ-Learn's reward r = Q(s,a) − γ V(s') still needs an action that led
-from the expert's s to its s'. By default an inverse-dynamics model p(a|s,s'), fitted on the agent's own play, names it:
+from the expert's s to its s'. By default an inverse-dynamics model p(a|s,s'), fitted on the agent's own play, infers it:
 
-    L = −E_expert[E_{a ~ p(a|s,s')} r] + (value term) + E[r²]/(4α)
+    L = −E_expert[E_{a ~ p(a|s,s')} r] + (1−γ)·E_expert[V(s)] + E[r²]/(4α)
 
+On CartPole, Acrobot, LunarLander the second term is E_expert[V(s) − γ V(s')], the third over expert rows: see SETTINGS.
 Discrete actions (the policy is softmax(Q/τ)) and continuous ones (a tanh-Gaussian actor), as the environment has them.
 The environment's reward is never read in training, and the file's `actions` are never opened.
 
     python iq_ilo.py --env-id CartPole-v1
 
-scores 500.0 ± 0.0 over seeds 111 to 115 after 10,000 steps, from one demonstration of 500, in half a minute of a core;
+scores 500.0 ± 0.0 over seeds 111 to 115 after 10,000 steps, from one demonstration of 500 steps, in half a minute of a core;
 LunarLander-v3 135.1 ± 95.2 of 283.2 from one, 269.7 ± 10.5 of 280.1 from 10; Hopper-v5 3490 ± 12 of 3500 from one and
 3505 ± 8 of 3499 from 10, over seeds 104 to 106 after 80,000 steps, in 12 minutes.
 
@@ -59,7 +60,7 @@ RANDOM_RETURN: dict[str, float] = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLa
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 # DEVIATION: in these discrete tasks the loss reads the expert's rows alone, as iq_offline.py's; a model of the agent's play
 # names their actions. With χ² on both halves LunarLander had −375 and −314 from one demonstration, not 22 and 201 (seeds
-# 1, 2). No row holds the reward away from the expert's states then: for that, --value-loss value --chi2-rows both.
+# 1, 2). So nothing sets the reward off the expert's states: for that, --value-loss value --chi2-rows both.
 DISCRETE = {"learning_starts": 500, "value_loss": "value_expert", "chi2_rows": "expert", "target_rate": 0.0,
             "layer_norm": False, "standardize_obs": False, "batch_size": 32}
 PLAYED = {"value_loss": "value", "chi2_rows": "both"}  # instead, where --missing-action names no action of the expert's
@@ -76,7 +77,7 @@ SETTINGS: dict[str, dict] = {
     "Hopper": {"gamma": 0.97, "temperature": 0.1, "anneal_lr": 0.5, "total_timesteps": 80_000},
     "Ant": {"obs_dims": 27,  # positions and velocities; much play and a quick target critic as in iq_continuous.py
             "target_rate": 0.02, "anneal_lr": 0.5, "num_envs": 8, "updates_per_step": 0.25, "learning_starts": 5_000,
-            "total_timesteps": 400_000, "eval_every": 25_000, "checkpoint_every": 50_000},  # one has the replay, 0.4 GB
+            "total_timesteps": 400_000, "eval_every": 25_000, "checkpoint_every": 50_000},  # each holds the replay, 0.4 GB
     "Humanoid": {"obs_dims": 45},  # positions and velocities
     "Pendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
     "InvertedPendulum": {"total_timesteps": 5_000, "eval_every": 1_000},
@@ -90,7 +91,7 @@ class Args:
     env_id: str = "CartPole-v1"  # a gymnasium environment with discrete or bounded continuous actions, or PointMaze-v0
     seed: int = 1  # of everything: demonstrations drawn, networks, environments
     total_timesteps: int = 30_000  # environment steps, summed over the environments
-    learning_starts: int = 1_280  # steps of uniformly random actions before the first update; at most half of the run's
+    learning_starts: int = 1_280  # steps of uniformly random actions before the first update; at most half of the run
     num_envs: int = 1  # environments stepped side by side
     # PointMaze-v0 only
     barrier: Literal["right", "left"] = "right"  # the side that the barrier reaches out from
@@ -99,22 +100,22 @@ class Args:
     demos: str | None = None  # an .npz file or a Minari dataset id (default: the bundled file)
     num_demos: int = 1  # trajectories, drawn by the seed; 0 for all
     subsample_freq: int = 1  # keep every k-th transition of a trajectory, from a random offset
-    dones_are: Literal["terminations", "time-limits"] | None = None  # what `dones` in a file means
+    dones_are: Literal["terminations", "time-limits"] | None = None  # what a file's `dones` mark
     # The objective (the letters of the equations in brackets)
-    missing_action: Literal["idm", "policy", "replay"] = "idm"  # the expert's action: named by the model; of π; anyone's
+    missing_action: Literal["idm", "policy", "replay"] = "idm"  # expert's a: inferred from (s,s'); from π; any replay row's
     gamma: float = 0.99  # discount [γ]
     temperature: float = 0.01  # entropy temperature of value and policy, fixed [τ]
     divergence: Literal["chi2"] = "chi2"  # the distance; iq_discrete.py has the others [φ]
-    chi2_alpha: float = 0.5  # χ² strength [α]
-    chi2_rows: Literal["expert", "both"] = "both"  # rows whose r² is penalised
-    value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "v0_expert"  # form of the second term
-    bound_targets: bool = True  # clip the target's V(s') where χ² on both halves bounds it; not with large temperatures
+    chi2_alpha: float = 0.5  # of the χ² term, E[r²]/(4α) [α]
+    chi2_rows: Literal["expert", "both"] = "both"  # rows that the χ² term averages over: expert's, or policy's too
+    value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "v0_expert"  # V−γV': all | expert; (1−γ)V: s0 | expert
+    bound_targets: bool = True  # clip V(s') at ±4α/(1−γ) where χ² is on both halves; turn it off for a large temperature
     target_rate: float = 0.005  # Polyak rate of the target critic for V(s'); 0: none, V(s') has gradient
-    average_rate: float = 0.0005  # rate of the moving average that is evaluated and saved; 0: the network
+    average_rate: float = 0.0005  # rate of a moving average of the weights, evaluated and saved in their place; 0: none
     # The network
     hidden_size: int = 256  # units of a layer
     layer_norm: bool = True  # LayerNorm in the critic
-    obs_dims: int = 0  # entries of an observation that the networks see, the first ones; 0: all
+    obs_dims: int = 0  # number of an observation's first entries that the networks see; 0: all
     standardize_obs: bool = True  # standardise observations by the demonstrations
     obs_noise: float = 0.0  # standard deviation of Gaussian noise on training observations
     # Optimisation
@@ -195,8 +196,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
         args = replace(args, out_dir=stored.out_dir, run_name=stored.run_name)
     if args.demos and os.path.abspath(args.demos) == stored.demos:
         args = replace(args, demos=stored.demos)
-    if args.learning_starts > stored.learning_starts:  # as it was given; a short run had trimmed it
-        args = replace(args, learning_starts=stored.learning_starts)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
@@ -211,7 +210,7 @@ def validate(args: Args) -> None:
                        "learning_starts"),
         "at least 0 and finite": (lambda x: 0 <= x < np.inf, "seed total_timesteps num_demos temperature obs_dims "
                        "obs_noise reward_updates eval_every checkpoint_every"),
-        "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
+        "at most 2 million (evaluation seeds, 100,000 + 1,000 times it, have 31 bits)": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "actor_lr critic_lr idm_lr updates_per_step chi2_alpha"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma"),
         "from 0 to 1": (lambda x: 0 <= x <= 1, "target_rate average_rate anneal_lr"),
@@ -367,7 +366,7 @@ def mlp(inputs: int, hidden_size: int, outputs: int, layer_norm: bool = False) -
 
 class QNetwork(nn.Module):
     """Q(s, a): observations `[B, *obs_shape]` and actions to `[B]`. Discrete actions, int64 `[B]`, choose one of the
-    outputs; continuous ones, float32 `[B, A]` in [−1, 1], are inputs."""
+    `num_actions` outputs; continuous ones, float32 `[B, A]` in [−1, 1], are inputs, and A is `num_actions`."""
 
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, discrete: bool, hidden_size: int = 256,
                  layer_norm: bool = False, obs_limit: float = 10.0):
@@ -411,7 +410,7 @@ class Softmax(nn.Module):
         return temperature * torch.logsumexp(q / temperature, 1) if temperature else q.max(1).values
 
     def q_and_value(self, critic: QNetwork, obs: torch.Tensor, action: torch.Tensor, temperature: float):
-        """Q(s,a) of the first rows, as many as there are actions, and V(s) of all, in one pass of the critic."""
+        """Q(s,a) of the first `len(action)` rows and V(s) of all, in one pass of the critic."""
         q = critic.each(obs)
         return q[: len(action)].gather(1, action[:, None]).squeeze(1), self.soft_value(q, temperature)
 
@@ -481,7 +480,7 @@ class TanhGaussian(nn.Module):
         return critic(obs, action) - temperature * log_prob
 
     def q_and_value(self, critic: QNetwork, obs: torch.Tensor, action: torch.Tensor, temperature: float):
-        """Q(s,a) of the first rows, as many as there are actions, and V(s) of all as in `value`, by one critic pass."""
+        """Q(s,a) of the first `len(action)` rows and V(s) of all as in `value`, in one pass of the critic."""
         n = len(action)
         with torch.no_grad():
             fresh, log_prob = self.sample_with_log(obs)
@@ -657,7 +656,7 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     ends = {"terminations", "truncations"}
     if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):
         return where, read_npz(path, names)
-    if "terminations" in keys:  # of the two the one that training reads
+    if "terminations" in keys:  # training reads no truncations
         return where, read_npz(path, [name for name in names if name != "truncations"])
     check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
           "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
@@ -816,8 +815,7 @@ def name_actions(missing_action: str, policy, idm, expert: States, played: Batch
 
     idm: a ~ p(a|s,s'), which is Eq. 9 with estimated actions, right where (s, s') tells the action.
     policy: a ~ π(·|s), §5.4 literally but for s', which is the expert's and does not follow a: biased until π matches.
-    replay: actions of the agent's own rows, drawn without regard to s. This is what the published code does; it is
-    here for comparison alone.
+    replay: actions of the agent's own rows, drawn without regard to s: for comparison alone.
     """
     with torch.no_grad():
         if missing_action == "idm":
@@ -847,11 +845,11 @@ def iq_loss(critic, target, policy, batch: Batch, n_expert: int, initial_obs: to
     else:
         with torch.no_grad():
             next_V = policy.value(target, next_obs, τ)
-            if args.bound_targets and args.chi2_rows == "both":  # DEVIATION: there |r| stays near 4α, so |V| near this
+            if args.bound_targets and args.chi2_rows == "both":  # DEVIATION: there |r| ≤ about 4α, so |V| ≤ about this
                 next_V = next_V.clamp(-4 * α / (1 - γ), 4 * α / (1 - γ))
         q, V = policy.q_and_value(critic, obs, action, τ)
     next_V = (1 - terminated) * next_V
-    # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to Eq. 9 where dynamics are random.
+    # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to the loss where dynamics are random.
     r = q - γ * next_V
 
     terms = {"expert_term": -r[:n_expert].mean()}  # χ²: φ(r) = r − r²/(4α), its second part is the last term
@@ -887,7 +885,7 @@ def idm_loss(idm: InverseDynamics, played: Batch):
 def evaluate(actor, args: Args, device, stop: "Run | None" = None, frames: list | None = None):
     """Returns of `--eval-episodes` whole episodes of the deterministic policy, on environments of its own.
 
-    One episode from each of as many environments, so that none is dropped for its length; `actor` None plays
+    One episode in each of that many environments, so that long ones count like short ones; `actor` None plays
     uniformly random actions. RGB frames of the first episode are appended to `frames`.
 
     Returns:
@@ -956,7 +954,7 @@ def load_model(path: str, device="cpu") -> Model:
     check(os.path.isfile(path), f"{path}: no such file")
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py, which plays it")
+        check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py: play it with that script")
         critic, reward = (QNetwork(**saved["critic_sizes"]).to(device) for _ in range(2))
         critic.load_state_dict(saved["critic"])
         reward.load_state_dict(saved["reward"])
@@ -1056,15 +1054,15 @@ class Run:
         return not self.signum and (self.updates < self.pretrain or self.step < self.total)
 
     def tick(self, clock: int, steps: int) -> None:
-        """`steps` more on `clock` (steps, before play updates): move the bar, report and save where that is due."""
+        """`clock` (steps; in pretraining updates) has grown by `steps`: move the bar, report and save where that is due."""
         self.bar.update(steps)
-        if clock % self.every < steps and self.running():
+        if clock % self.every < steps and self.running():  # it has passed a multiple
             self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
 
     def report(self, last: bool = False) -> None:
-        """Evaluate and write a row, unless a signal came before; where one comes meanwhile, a resumed run begins with it."""
+        """Evaluate and write a row of metrics.csv; not after a signal. If one cuts it off, a resumed run does it first."""
         self.check_finite()
         if self.signum:
             return
@@ -1143,15 +1141,15 @@ def blurred(batch: Batch, noise: float) -> Batch:
 
 
 def make_gradient(loss_of, parameters: list[torch.Tensor], compiled: bool):
-    """`loss_of(*tensors)`, which returns a loss and its terms, as a function that leaves the loss's gradient on
-    `parameters`, in place of an older one, and returns the terms without: the compile boundary."""
+    """A function that calls `loss_of(*tensors)`, which returns a loss and its terms, replaces the gradient on `parameters`
+    by that of the loss, and returns the terms detached: the compile boundary."""
     def add_gradient(*tensors) -> dict[str, torch.Tensor]:
         loss, terms = loss_of(*tensors)
         loss.backward(inputs=parameters)
         return {name: term.detach() for name, term in terms.items()}
 
     if compiled:
-        traces_backward = torch._dynamo.config.patch(trace_autograd_ops=True)  # in one graph with the loss; for this alone
+        traces_backward = torch._dynamo.config.patch(trace_autograd_ops=True)  # in the loss's graph; set for this alone
         add_gradient = traces_backward(torch.compile(add_gradient, fullgraph=True))
 
     def gradient(*tensors) -> dict[str, torch.Tensor]:
@@ -1246,7 +1244,7 @@ def train(args: Args) -> Path:
     num_actions = int(action_space.n) if discrete else len(action_space.low)
     demos = load_demonstrations(args, obs_shape, device)
     check(args.obs_dims <= np.prod(obs_shape), f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}")
-    limit = 10.0 if args.standardize_obs else np.inf  # deviations; raw observations are the network's as they are
+    limit = 10.0 if args.standardize_obs else np.inf  # in deviations; raw observations are not clipped
     size = (obs_shape, num_actions, discrete, args.hidden_size)
     critic = QNetwork(*size, args.layer_norm, limit).to(device)
     policy = Softmax(critic) if discrete else TanhGaussian(
@@ -1260,7 +1258,7 @@ def train(args: Args) -> Path:
     for standardize, x in statistics:
         standardize.mean.copy_(x.mean(0))
         standardize.std.copy_(x.std(0, correction=0).clamp(min=0.01 if x is obs else 1e-4))  # near-constant ones
-    if args.obs_dims:  # DEVIATION: the others are divided by infinity
+    if args.obs_dims:  # DEVIATION: the others, divided by infinity, enter as 0
         for module in nn.ModuleList(filter(None, (critic, policy, idm))).modules():
             if isinstance(module, Standardize):
                 module.std.view(-1)[args.obs_dims :] = np.inf
@@ -1333,7 +1331,7 @@ def play(args: Args) -> None:
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     policy, _, _, saved = load_model(args.evaluate, device)
     check(args.env_id in ("", saved["env_id"]),
-          f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
+          f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}: leave it out")
     for name in MAZE_SWITCHES:
         own, given = saved["args"][name], getattr(args, name)
         check(given in (getattr(Args(), name), own),

@@ -81,24 +81,24 @@ class Args:
     num_demos: int = 10  # trajectories, drawn by the seed; 0 for all
     subsample_freq: int = 1  # keep every k-th transition of a trajectory, from a random offset
     holdout: float = 0.0  # share of those trajectories that is kept out of training, to measure on
-    dones_are: Literal["terminations", "time-limits"] | None = None  # what `dones` in a file means
+    dones_are: Literal["terminations", "time-limits"] | None = None  # what a file's `dones` mark
     # The objective (the letters of the equations in brackets)
     objective: Literal["iq", "bc"] = "iq"  # IQ-Learn, or behavioural cloning with the same network
     gamma: float = 0.99  # discount [γ]
     temperature: float = 0.01  # entropy temperature of value and policy [τ]; 0 for the hard maximum
     divergence: Literal["chi2", "tv", "kl", "forward_kl", "hellinger", "js", "w1"] = "chi2"  # distance [φ]
-    chi2_alpha: float | None = None  # χ² strength [α] (default: 0.5 with chi2, else no χ² term)
-    value_loss: Literal["value_expert", "v0", "v0_expert"] = "value_expert"  # form of the second term
+    chi2_alpha: float | None = None  # of the χ² term, E[r²]/(4α) [α] (default: 0.5 with chi2, else no χ² term)
+    value_loss: Literal["value_expert", "v0", "v0_expert"] = "value_expert"  # V−γV' on expert rows; (1−γ)V at s0 | on them
     gradient_penalty: float = 10.0  # weight of the gradient penalty [λ], with w1 alone
     q_bound: float | None = None  # |Q| bounded by a tanh; 0 for none (default: 10 with tv, else none)
     target_rate: float | None = None  # Polyak rate of a target network for V(s'), 0: none (default: 0.005 if continuous)
-    average_rate: float = 0.002  # rate of the moving average that is evaluated and saved; 0: the network
+    average_rate: float = 0.002  # rate of a moving average of the weights, evaluated and saved in their place; 0: none
     cloning_weight: float = 0.1  # weight of cloning in the actor's loss, with continuous actions
     # The network
     hidden_size: int = 64  # units of a hidden layer
     hidden_layers: int = 2  # of the networks; 0: linear in the observation
     bias: bool = True  # of the layers; without, a linear Q prefers no action where its input is zero
-    obs_dims: int = 0  # entries of an observation that the networks see, the first ones; 0: all
+    obs_dims: int = 0  # number of an observation's first entries that the networks see; 0: all
     standardize_obs: bool = True  # standardise observations by the demonstrations
     # Optimisation
     learning_rate: float = 1e-3  # of Adam, with discrete actions
@@ -152,7 +152,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
     if args.resume is None:
         settings = dict(SETTINGS.get(env_name(args.env_id or ""), {}))
-        if args.divergence != "chi2":  # there χ² is added only where --chi2-alpha asks for it
+        if args.divergence != "chi2":  # without chi2 its term is added only for a given --chi2-alpha
             settings.pop("chi2_alpha", None)
         return tyro.cli(Args, args=argv, default=replace(Args(), **settings))
     run_dir = Path(args.resume)
@@ -183,7 +183,7 @@ def validate(args: Args) -> None:
         "at least 1": (lambda x: x >= 1, "subsample_freq batch_size eval_episodes hidden_size"),
         "at least 0 and finite": (lambda x: 0 <= x < np.inf, "seed total_updates num_demos temperature gradient_penalty "
                        "cloning_weight hidden_layers weight_decay obs_dims eval_every checkpoint_every"),
-        "at most 2 million, for the environments' sake": (lambda x: x <= 2_000_000, "seed"),
+        "at most 2 million (evaluation seeds, 100,000 + 1,000 times it, have 31 bits)": (lambda x: x <= 2_000_000, "seed"),
         "above 0 and finite": (lambda x: 0 < x < np.inf, "learning_rate actor_lr critic_lr"),
         "at least 0 and below 1": (lambda x: 0 <= x < 1, "gamma holdout"),
         "from 0 to 1": (lambda x: x is None or 0 <= x <= 1, "target_rate average_rate"),
@@ -449,7 +449,7 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     ends = {"terminations", "truncations"}
     if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):
         return where, read_npz(path, names)
-    if "terminations" in keys:  # of the two the one that training reads
+    if "terminations" in keys:  # training reads no truncations
         return where, read_npz(path, [name for name in names if name != "truncations"])
     check(args.dones_are is not None, f"{where}: it has `dones`, which do not tell an episode that ended by itself, "
           "where V(s') is 0, from one that a time limit cut: give --dones-are terminations or time-limits")
@@ -656,8 +656,8 @@ def implied_reward(network, actor, obs, action, next_obs, terminated, gamma: flo
 def phi(divergence: str, r: torch.Tensor) -> torch.Tensor:
     """The concave φ(r) = −f*(−r) of a statistical distance (§4 and appendix B), elementwise.
 
-    Outside its domain φ goes on along its tangent at a margin inside, since a clamp would leave a row without
-    gradient. For chi2 this is the linear part: −r²/(4α) is the loss's term of its own.
+    Below `margin`, just inside the domain (kl: before exp(−r) explodes), φ goes on along its tangent there, since a clamp
+    would leave a row without gradient. For chi2 this is the linear part only: −r²/(4α) is a separate term of the loss.
     DEVIATION: forward_kl has its tangent below 0.01 instead of a parametrisation that keeps r positive.
     """
     if divergence in ("chi2", "tv", "w1"):
@@ -694,12 +694,12 @@ def iq_loss(network, target, actor, batch: Batch, initial_obs: torch.Tensor, arg
         with torch.set_grad_enabled(target is None):  # with a target network V(s') carries none
             next_V = state_value(target or network, actor, next_obs, τ)
     next_V = (1 - terminated) * next_V
-    # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to Eq. 9 where dynamics are random.
+    # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to the loss where dynamics are random.
     r = Q - γ * next_V
 
     terms = {}
     if args.value_loss == "value_expert" and args.divergence in ("chi2", "tv", "w1"):
-        terms["cloning_term"] = (V - Q).mean()  # Eq. 12: where φ is linear, γV(s') cancels in the two terms below
+        terms["cloning_term"] = (V - Q).mean()  # Eq. 12, γV(s') of the two terms below cancels; τ·cross-entropy if discrete
     else:
         terms["expert_term"] = -phi(args.divergence, r).mean()
         if args.value_loss == "value_expert":  # telescoped over the expert's occupancy, §5.1
@@ -776,7 +776,7 @@ def act(network, actor, obs: torch.Tensor) -> torch.Tensor:
 def evaluate(network, actor, args: Args, device, stop: "Run | None" = None, frames: list | None = None):
     """Returns of `--eval-episodes` whole episodes of the greedy policy, on environments of its own.
 
-    One episode from each of as many environments, so that none is dropped for its length; `network` None plays
+    One episode in each of that many environments, so that long ones count like short ones; `network` None plays
     uniformly random actions. RGB frames of the first episode are appended to `frames`.
 
     Returns:
@@ -848,7 +848,7 @@ def load_model(path: str, device="cpu") -> tuple[QNetwork, Actor | None, dict]:
     check(os.path.isfile(path), f"{path}: no such file")
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py, which plays it")
+        check(saved["script"] == SCRIPT, f"{path}: a model of {saved['script']}.py: play it with that script")
         network, actor = QNetwork(**saved["sizes"]).to(device), None
         network.load_state_dict(saved["network"])
         if saved["actor"] is not None:
@@ -949,15 +949,15 @@ class Run:
         return not self.signum and (self.updates < self.pretrain or self.step < self.total)
 
     def tick(self, clock: int, steps: int) -> None:
-        """`steps` more on `clock` (steps, before play updates): move the bar, report and save where that is due."""
+        """`clock` (steps; in pretraining updates) has grown by `steps`: move the bar, report and save where that is due."""
         self.bar.update(steps)
-        if clock % self.every < steps and self.running():
+        if clock % self.every < steps and self.running():  # it has passed a multiple
             self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
 
     def report(self, last: bool = False) -> None:
-        """Evaluate and write a row, unless a signal came before; where one comes meanwhile, a resumed run begins with it."""
+        """Evaluate and write a row of metrics.csv; not after a signal. If one cuts it off, a resumed run does it first."""
         self.check_finite()
         if self.signum:
             return
@@ -1035,15 +1035,15 @@ class Run:
 
 
 def make_gradient(loss_of, parameters: list[torch.Tensor], compiled: bool):
-    """`loss_of(*tensors)`, which returns a loss and its terms, as a function that leaves the loss's gradient on
-    `parameters`, in place of an older one, and returns the terms without: the compile boundary."""
+    """A function that calls `loss_of(*tensors)`, which returns a loss and its terms, replaces the gradient on `parameters`
+    by that of the loss, and returns the terms detached: the compile boundary."""
     def add_gradient(*tensors) -> dict[str, torch.Tensor]:
         loss, terms = loss_of(*tensors)
         loss.backward(inputs=parameters)
         return {name: term.detach() for name, term in terms.items()}
 
     if compiled:
-        traces_backward = torch._dynamo.config.patch(trace_autograd_ops=True)  # in one graph with the loss; for this alone
+        traces_backward = torch._dynamo.config.patch(trace_autograd_ops=True)  # in the loss's graph; set for this alone
         add_gradient = traces_backward(torch.compile(add_gradient, fullgraph=True))
 
     def gradient(*tensors) -> dict[str, torch.Tensor]:
@@ -1060,7 +1060,7 @@ def make_update(network, target, actor, average, optimizer, actor_optimizer, arg
     moves = [(mean, parameter, rate) for follower, leader, rate in polyak if follower is not None
              for mean, parameter in zip(follower.parameters(), leader.parameters())]
     averages = [list(column) for column in zip(*moves)]  # means, parameters, rates: one call for all costs least
-    if args.objective == "bc":  # each loss, whose gradient which network has, and what steps it
+    if args.objective == "bc":  # triples: a loss, the network that it trains, its optimiser
         losses = [(lambda batch, _: bc_loss(network, actor, batch), actor or network, actor_optimizer or optimizer)]
     else:
         losses = [(lambda batch, initial_obs: iq_loss(network, target, actor, batch, initial_obs, args), network, optimizer)]
@@ -1100,17 +1100,17 @@ def train(args: Args) -> Path:
 
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
     size = (args.hidden_size, args.hidden_layers, args.bias)
-    limit = 10.0 if args.standardize_obs else np.inf  # deviations; raw observations are the network's as they are
+    limit = 10.0 if args.standardize_obs else np.inf  # in deviations; raw observations are not clipped
     network = QNetwork(obs_shape, num_actions, len(action_low), *size, q_bound, limit).to(device)
     actor = None if num_actions else Actor(obs_shape, action_low, action_high, *size, limit).to(device)
     if args.standardize_obs:  # DEVIATION: the paper has raw observations
         for module in filter(None, (network, actor)):
             module.obs_mean.copy_(demos.transitions.obs.mean(0))
             module.obs_std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant dimensions
-    if args.obs_dims:  # DEVIATION: the others are divided by infinity
+    if args.obs_dims:  # DEVIATION: the others, divided by infinity, enter as 0
         for module in filter(None, (network, actor)):
             module.obs_std.view(-1)[args.obs_dims :] = np.inf
-    # With continuous actions V(s') of a target network without gradient, as the paper has it there.
+    # With continuous actions V(s') comes from a target network, without gradient, as in the paper.
     args = replace(args, target_rate=args.target_rate if args.target_rate is not None else 0.0 if num_actions else 0.005)
     target = deepcopy(network) if args.target_rate else None  # DEVIATION: with discrete actions the paper has none
     average = deepcopy(actor or network) if args.average_rate else None  # DEVIATION: the paper has the last iterate

@@ -810,9 +810,8 @@ def test_a_longer_run_that_is_resumed_does_not_warm_up_again(command, tmp_path):
     """It had begun to learn after a tenth of its first 300 steps."""
     assert iq_continuous.main(command("iq_continuous", "--learning-starts", "1000", "--eval-every", "0")) == 0
     assert int(rows(tmp_path / "run")[-1]["updates"]) == 270
-    for steps, more in ((400, ()), (410, ("--learning-starts", "1000"))):  # the flag as it was given is the same
-        assert iq_continuous.main(["--resume", str(tmp_path / "run"), "--total-timesteps", str(steps), *more]) == 0
-        assert int(rows(tmp_path / "run")[-1]["updates"]) == steps - 30
+    assert iq_continuous.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "400"]) == 0
+    assert int(rows(tmp_path / "run")[-1]["updates"]) == 370
 
 
 def test_a_resumed_run_that_is_made_shorter_keeps_its_warm_up(command, tmp_path):
