@@ -877,9 +877,11 @@ class Run:
         if args.track:
             import wandb
 
+            earlier = sorted((path / "wandb").glob("*run-*-*"))  # of a run that is resumed: its id ends the name
             try:
                 wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=asdict(args), name=path.name,
-                           dir=path)
+                           dir=path, id=earlier[-1].name.split("-")[-1] if earlier else None, resume="allow",
+                           allow_val_change=True)
             except Exception as error:  # no login, a setting that it does not know
                 if not args.resume:
                     shutil.rmtree(path)

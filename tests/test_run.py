@@ -358,6 +358,10 @@ def test_track_logs_offline_with_the_video(command, tmp_path):
     (log,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"eval_return_mean" in log.read_bytes()
     assert (tmp_path / "run" / "videos" / "step_300.mp4").stat().st_size > 1000
+    more = ["--resume", str(tmp_path / "run"), "--total-timesteps", "400"]
+    assert run("iq_discrete", more, tmp_path, WANDB_MODE="offline").returncode == 0
+    logs = {path.parent.name: path.stem for path in (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")}
+    assert len(logs) == 2 and set(logs.values()) == {log.stem}  # both of one run
 
 
 BOOLEANS = [(script, f.name) for script in ("iq_discrete", "iq_continuous")
