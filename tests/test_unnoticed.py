@@ -1,0 +1,320 @@
+"""What would go wrong without a word: numbers that are reported, seeds, what losses and optimisers are given, statistics,
+what play stores. Each test failed on a script that was broken in one place and passed all the others."""
+import sys
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_run import clock_demos, frame_demos, pendulum_demos, rows
+
+import iq_atari
+import iq_continuous
+import iq_discrete
+import iq_ilo
+import iq_offline
+
+ALL = [iq_discrete, iq_atari, iq_continuous, iq_offline, iq_ilo]
+TINY = {
+    iq_discrete: "--num-demos 2 --total-timesteps 60",
+    iq_atari: "--num-demos 2 --pretrain-updates 2 --total-timesteps 16 --num-envs 2 --batch-size 4 --buffer-size 200 "
+              "--updates-per-step 0.1",
+    iq_continuous: "--env-id Pendulum-v1 --total-timesteps 60 --learning-starts 4 --hidden-size 8 --batch-size 8",
+    iq_offline: "--num-demos 2 --total-updates 20",
+    iq_ilo: "--total-timesteps 60 --learning-starts 10 --batch-size 4 --reward-updates 3",
+}
+
+
+@pytest.fixture
+def go(tmp_path):
+    """A tiny run of a script, without evaluation; returns what its checkpoint.pt and model.pt hold."""
+    def go(module, flags="", name="run"):
+        given = "" if module is not iq_offline or "--demos" in flags else " --env-id CartPole-v1"
+        if "--demos" not in flags and module is iq_continuous:
+            given = f" --demos {pendulum_demos(tmp_path / 'pendulum.npz')}"
+        if "--demos" not in flags and module is iq_atari:
+            given = f" --demos {frame_demos(tmp_path / 'frames.npz')}"
+        where = f" --eval-every 0 --out-dir {tmp_path} --run-name {name} "
+        assert module.main((TINY[module] + given + where + flags).split()) == 0
+        return [torch.load(tmp_path / name / file, weights_only=True) for file in ("checkpoint.pt", "model.pt")]
+    return go
+
+
+class Three:
+    """Three environments whose episodes last 1, 2 and 4 steps; reward 1 a step."""
+    action_space = SimpleNamespace(seed=lambda seed: None, sample=lambda: np.zeros(3, int))
+
+    def reset(self, seed):
+        self.seed, self.t, self.actions = seed, 0, []
+        return np.zeros((3, 4), np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        self.actions += list(action)
+        return np.zeros((3, 4), np.float32), np.ones(3), self.t % np.array([1, 2, 4]) == 0, np.zeros(3, bool), {}
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_evaluation_is_of_one_greedy_episode_each_from_seeds_of_its_own(module, monkeypatch):
+    envs = Three()
+    monkeypatch.setattr(module, "make_envs", lambda *_: envs)
+    actor, network = SimpleNamespace(act=lambda obs: torch.ones(3)), lambda obs: torch.tensor([[0.0, 0.01]] * 3)
+    policy = actor if module in (iq_continuous, iq_ilo) else network
+    parts = [policy, None] if module is iq_offline else [policy]
+    returns = module.evaluate(*parts, module.Args(seed=7, eval_episodes=3, temperature=1.0), "cpu")
+    assert returns.tolist() == [1, 2, 4] and envs.seed == 107_000 and set(envs.actions) == {1}
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_normalized_is_0_for_random_and_1_for_the_expert(module):
+    assert " normalized=0.6667 " in module.final_line(np.array([1.0, 3.0]), 4.0, -2.0, 0, 0, 0.0, "")
+
+
+@pytest.mark.parametrize("module", [iq_discrete, iq_continuous, iq_ilo])
+def test_rows_and_checkpoints_where_steps_do_not_divide_the_interval(module, go, tmp_path, monkeypatch):
+    saves, save = [], module.Run.save
+    monkeypatch.setattr(module.Run, "save", lambda run: saves.append(run.step) or save(run))
+    monkeypatch.setattr(module, "evaluate", lambda *_: np.zeros(3))
+    go(module, "--num-envs 7 --total-timesteps 300 --eval-every 100 --checkpoint-every 100 --updates-per-step 0.1")
+    assert [r["step"] for r in rows(tmp_path / "run")] == ["105", "203", "301"] and saves == [105, 203, 301, 301]
+
+
+def test_what_a_model_says_of_itself(go):
+    model = go(iq_discrete, "--gamma 0.9 --temperature 0.3 --eval-every 60 --eval-episodes 1")[1]
+    demos = iq_discrete.load_demonstrations(iq_discrete.Args(num_demos=2), (4,), 2, "cpu")
+    names = ("gamma", "temperature", "expert_return", "random_return")
+    assert [model[name] for name in names] == [0.9, 0.3, demos.expert_return, 23]
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_networks_are_drawn_by_the_seed(module, go):
+    untrained = {iq_offline: "--total-updates 0", iq_atari: "--pretrain-updates 0 --total-timesteps 0"}.get(
+        module, "--total-timesteps 0")
+    one, two = (go(module, f"{untrained} --seed {seed}", f"run{seed}")[1] for seed in (1, 2))
+    part = next(name for name in ("network", "actor", "policy") if one.get(name))
+    assert any((one[part][name] != two[part][name]).any() for name in one[part] if name.endswith("weight"))
+
+
+@pytest.mark.parametrize("module", [iq_discrete, iq_continuous, iq_ilo])
+def test_resumed_play_begins_elsewhere(module, go, tmp_path, monkeypatch):
+    seeds, reset = [], gym.vector.SyncVectorEnv.reset
+
+    def kept(self, *, seed=None, options=None):
+        seeds.append(seed)
+        return reset(self, seed=seed, options=options)
+
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "reset", kept)
+    go(module)
+    assert module.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "70"]) == 0
+    assert seeds[0] != seeds[-1]
+
+
+def test_noise_reaches_the_loss(monkeypatch):
+    seen = []
+    for module, place in ((iq_discrete, 2), (iq_ilo, 3)):
+        loss = module.iq_loss
+        monkeypatch.setattr(module, "iq_loss", lambda *a, loss=loss, place=place: seen.append(a[place]) or loss(*a))
+    zeros, no = torch.zeros(2000, 4), torch.zeros(2000)
+    q = iq_discrete.QNetwork((4,), 2)
+    update = iq_discrete.make_update(q, None, None, torch.optim.Adam(q.parameters()), 1000, iq_discrete.Args(obs_noise=0.3))
+    update(iq_discrete.Batch(zeros, no.long(), zeros, no), zeros[:0])
+    q = iq_ilo.QNetwork((4,), 2, True)
+    optimizers, args = [torch.optim.Adam(q.parameters()), None, None], iq_ilo.Args(obs_noise=0.3, missing_action="replay")
+    update = iq_ilo.make_update(q, None, iq_ilo.Softmax(q), None, None, None, optimizers, 2000, args)
+    update(iq_ilo.States(zeros, zeros, no), iq_ilo.Batch(zeros, no.long(), zeros, no), zeros)
+    for batch in seen:
+        assert batch.obs.std().item() == pytest.approx(0.3, abs=0.02) == batch.next_obs.std().item()
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("module", [iq_discrete, iq_atari])
+def test_play_is_sampled_at_the_temperature(module, go, monkeypatch):
+    used, sample = [], module.sample_action
+    monkeypatch.setattr(module, "sample_action", lambda q, obs, t: used.append(t) or sample(q, obs, t))
+    go(module, "--temperature 0.7")
+    assert set(used) == {0.7}
+
+
+def test_play_of_softmax_is_sampled_at_the_temperature(go, monkeypatch):
+    used, sample = [], iq_ilo.Softmax.sample
+    monkeypatch.setattr(iq_ilo.Softmax, "sample", lambda self, obs, t: used.append(t) or sample(self, obs, t))
+    go(iq_ilo, "--temperature 0.7")
+    assert set(used) == {0.7} and len(used) == 50
+
+
+def test_play_is_uniform_before_learning_starts(go):
+    stored, _ = go(iq_ilo, "--env-id PointMaze-v0 --total-timesteps 1000 --learning-starts 500 --updates-per-step 0.001")
+    first = stored["replay"]["storage"][1][:500]
+    assert first.std().item() == pytest.approx(3**-0.5, abs=0.03)
+
+
+class Count(gym.Env):
+    """Observes its time; episodes of five steps."""
+    observation_space, action_space = gym.spaces.Box(-np.inf, np.inf, (2,)), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.array([0, self.t], np.float32), 0.0, False, self.t == 5, {}
+
+
+gym.register("Count-v0", entry_point=Count)
+
+
+@pytest.mark.parametrize("module, place", [(iq_discrete, 4), (iq_continuous, 6), (iq_offline, 4), (iq_ilo, 5)])
+def test_v0_reads_states_that_episodes_start_from(module, place, go, tmp_path, monkeypatch):
+    seen, loss = [], module.iq_loss
+    monkeypatch.setattr(module, "iq_loss", lambda *a: seen.append(a[place]) or loss(*a))
+    discrete = module is iq_discrete
+    more = {"actions": np.arange(10) % 2, "env_id": np.array("Count-v0")} if discrete else {}
+    path = clock_demos(tmp_path / "clock.npz", **more)
+    go(module, f"--value-loss v0 --demos {path} --env-id {'Count-v0' if discrete else 'Clock-v0'}")
+    assert seen and all((x[:, 1] == 0).all() for x in seen)
+    assert len({row[0] for x in seen for row in x.tolist()}) >= (2 if module is iq_offline else 1 if module is iq_ilo else 3)
+
+
+def test_the_cnn_reads_the_whole_grid_at_the_agents_cell():
+    torch.manual_seed(0)
+    cnn = iq_discrete.QNetwork((3, 6, 6), 4, "cnn", 16).double()
+    planes = torch.zeros(2, 3, 6, 6, dtype=torch.float64)
+    planes[0, 2, 5, 5] = planes[1, 2, 5, 4] = 1
+    torch.testing.assert_close(cnn(planes), cnn.layers.head.bias.expand(2, 4))  # no agent
+    planes[:, 1, 0, 0] = 1
+    q = cnn(planes)
+    assert (q[0] != q[1]).any()
+
+
+def test_statistics_of_each_network(go, tmp_path):
+    obs = np.array([[5, t] for _ in range(2) for t in range(6)], np.float32)
+    path = clock_demos(tmp_path / "c.npz", observations=obs, actions=np.arange(10) % 2, env_id=np.array("Count-v0"))
+    net = go(iq_discrete, f"--demos {path} --env-id Count-v0 --standardize-obs")[1]["network"]
+    torch.testing.assert_close(net["obs_std"], torch.tensor([0.01, 2**0.5]))
+    stored, model = go(iq_ilo, "--env-id PointMaze-v0 --num-demos 1", "maze")
+    obs, next_obs, _ = iq_ilo.load_demonstrations(iq_ilo.Args(env_id="PointMaze-v0", num_demos=1), (4,), "cpu").transitions
+    for part, name, x in (("policy", "standardize", obs), ("critic", "standardize", obs), ("idm", "standardize", obs),
+                          ("idm", "standardize_change", next_obs - obs)):
+        for key, value in (("mean", x.mean(0)), ("std", x.std(0, correction=0))):
+            torch.testing.assert_close(stored[part][f"{name}.{key}"], value)
+    net = go(iq_atari, "--standardize-obs", "atari")[1]["network"]
+    with np.load(tmp_path / "frames.npz") as file:
+        torch.testing.assert_close(net["obs_mean"], torch.as_tensor(file["observations"]).float().mean(0))
+    assert net["obs_std"] == 64
+
+
+def test_cloning_is_of_softmax_q_and_saved_so(go):
+    for module in (iq_discrete, iq_atari, iq_offline):
+        assert go(module, "--objective bc --temperature 0.3", module.SCRIPT)[1]["temperature"] == 1
+    q, action = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    for module in (iq_discrete, iq_atari, iq_offline):
+        batch = module.Batch(q, action, q, torch.zeros(5))
+        loss, _ = module.bc_loss(lambda obs: obs, *[None] * (module is iq_offline), batch)
+        torch.testing.assert_close(loss, F.cross_entropy(q, action))
+
+
+def test_offline_optimisers_targets_and_bounds(go, tmp_path):
+    path = pendulum_demos(tmp_path / "p.npz")
+    stored, _ = go(iq_offline, f"--demos {path} --weight-decay 0.3 --actor-lr 0.02 --critic-lr 0.03")
+    for name, lr in (("optimizer", 0.03), ("actor_optimizer", 0.02)):
+        group = stored[name]["param_groups"][0]
+        assert (group["weight_decay"], group["lr"]) == (0.3, lr)
+    other, _ = go(iq_offline, "--env-id CartPole-v1 --learning-rate 0.04", "d")
+    assert "target" in stored and "target" not in other and other["optimizer"]["param_groups"][0]["lr"] == 0.04
+    for module in (iq_discrete, iq_offline):
+        assert go(module, "--env-id CartPole-v1 --divergence tv", module.SCRIPT)[1]["sizes"]["q_bound"] == 10
+    assert go(iq_atari, "--learning-rate 0.05", "a")[0]["optimizer"]["param_groups"][0]["lr"] == 0.05
+
+
+def test_the_experts_return_is_of_the_episodes_trained_on(tmp_path):
+    path = pendulum_demos(tmp_path / "p.npz", episodes=4)
+    part = iq_offline.load_demonstrations(iq_offline.Args(demos=str(path), num_demos=0, holdout=0.5), None, "cpu")
+    with np.load(path) as file:
+        returns = file["rewards"].reshape(4, -1).sum(1)
+        starts = file["observations"].reshape(4, -1, 3)[:, 0]
+    used = [int(np.flatnonzero((starts == s).all(1))[0]) for s in part.initial_obs.numpy()]
+    assert len(used) == 2 and part.expert_return == pytest.approx(returns[used].mean(), rel=1e-5)
+
+
+def test_the_actor_learns_on_expert_and_policy_states(go, monkeypatch):
+    sizes, loss = [], iq_ilo.actor_loss
+    monkeypatch.setattr(iq_ilo, "actor_loss", lambda c, p, obs, t: sizes.append(len(obs)) or loss(c, p, obs, t))
+    _, model = go(iq_ilo, "--env-id PointMaze-v0 --batch-size 4")
+    assert set(sizes) == {8}  # and the reward network is one of its own
+    assert any(not torch.equal(model["reward"][k], model["critic"][k]) for k in model["critic"])
+
+
+def test_continuous_inverse_dynamics_samples():
+    torch.manual_seed(0)
+    idm, obs = iq_ilo.InverseDynamics((3,), 2, False, 16), torch.randn(1, 3).expand(4000, 3)
+    before = torch.atanh(idm.sample(obs, obs).detach())
+    torch.testing.assert_close(before.std(0), iq_ilo.gaussian(idm(obs[:1], obs[:1]))[1].exp()[0].detach(), rtol=0.1, atol=0)
+
+
+def test_the_bundled_maze_demonstrations_follow_its_dynamics():
+    maze, row, step = iq_ilo.PointMaze(), 0, 0
+    with np.load(iq_ilo.demonstrations_path(iq_ilo.Args(env_id="PointMaze-v0"))) as file:
+        for length in file["episode_lengths"][:3]:
+            maze.reset(seed=0)
+            maze.position, maze.velocity = np.split(file["observations"][row].astype(float), 2)
+            seen = [maze.step(action)[0] for action in file["actions"][step : step + length]]
+            np.testing.assert_allclose(seen, file["observations"][row + 1 : row + length + 1], atol=1e-4)
+            row, step = row + length + 1, step + length
+
+
+def test_evaluation_is_in_the_environment_of_the_model(go, tmp_path, monkeypatch):
+    for module, env, flag, name in ((iq_discrete, "GridWorld-v0", "--random-walls", "random_walls"),
+                                    (iq_ilo, "PointMaze-v0", "--random-start", "random_start")):
+        demos, played = module.demonstrations_path(module.Args(env_id=env)), []
+        go(module, f"--env-id {env} {flag} --demos {demos}", env)
+        monkeypatch.setattr(module, "evaluate", lambda _, args, *more, played=played: played.append(args) or np.zeros(2))
+        assert module.main(["--evaluate", str(tmp_path / env / "model.pt")]) == 0
+        assert played and all(getattr(args, name) for args in played)  # by the model, and by random actions
+
+
+def test_games_are_scored_in_full(monkeypatch):
+    made = []
+    monkeypatch.setattr(iq_atari, "AtariVectorEnv", lambda *a, **k: made.append(k))
+    iq_atari.make_envs(iq_atari.Args(), 1)
+    assert made[0]["reward_clipping"] is False
+
+
+@pytest.mark.parametrize("module", [iq_discrete, iq_continuous, iq_offline, iq_ilo])
+def test_every_transition_is_drawn(module):
+    x = torch.arange(3.0)
+    own = module.States(x, x, x) if module is iq_ilo else module.Batch(x, x, x, x)
+    fields = dict.fromkeys(module.Demonstrations._fields) | {"transitions": own}
+    assert set(module.draw(module.Demonstrations(**fields), 300).obs.tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("flags", ["--objective bc --updates-per-step 0.5", "--num-envs 3 --updates-per-step 0.5"])
+def test_updates_for_steps(flags, go):
+    assert go(iq_discrete, f"--total-timesteps 300 {flags}")[0]["updates"] == 150
+
+
+def test_initial_states_are_restored(go, tmp_path):
+    before = go(iq_discrete, "--total-timesteps 300")[0]["initial"]["written"]
+    assert iq_discrete.main(["--resume", str(tmp_path / "run")]) == 0
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["initial"]["written"] == before + 1
+
+
+def test_minari_ends(monkeypatch):
+    episode = SimpleNamespace(observations=np.zeros((3, 4)), actions=np.zeros(2), rewards=np.zeros(2),
+                              terminations=np.array([0, 1]), truncations=np.zeros(2))
+    data = SimpleNamespace(iterate_episodes=lambda: [episode], total_episodes=1, env_spec=None)
+    monkeypatch.setitem(sys.modules, "minari", SimpleNamespace(load_dataset=lambda *_, **__: data))
+    assert iq_ilo.read_minari("x-v0")["terminations"].tolist() == [0, 1]
+
+
+def test_noise_reaches_the_reward_network(go, monkeypatch):
+    calls, blurred = [], iq_ilo.blurred
+    monkeypatch.setattr(iq_ilo, "blurred", lambda batch, noise: calls.append(noise) or blurred(batch, noise))
+    go(iq_ilo, "--obs-noise 0.1")
+    assert calls == [0.1] * (50 + 3)  # updates, and those of the reward network
