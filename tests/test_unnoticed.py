@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_run import clock_demos, frame_demos, pendulum_demos, rows
+from test_run import ROOT, clock_demos, frame_demos, pendulum_demos, rows
 
 import iq_atari
 import iq_continuous
@@ -318,3 +318,123 @@ def test_noise_reaches_the_reward_network(go, monkeypatch):
     monkeypatch.setattr(iq_ilo, "blurred", lambda batch, noise: calls.append(noise) or blurred(batch, noise))
     go(iq_ilo, "--obs-noise 0.1")
     assert calls == [0.1] * (50 + 3)  # updates, and those of the reward network
+
+
+def test_play_is_of_the_network_that_learns(go, monkeypatch):
+    used, runs = [], []
+    for module, name in ((iq_discrete, "network"), (iq_atari, "network"), (iq_continuous, "actor"), (iq_ilo, "policy")):
+        owner, what = (iq_ilo.Softmax, "sample") if module is iq_ilo else (module, "sample_action")
+        sample, save = getattr(owner, what), module.Run.save
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, what, lambda part, *a, sample=sample: used.append(part) or sample(part, *a))
+            patch.setattr(module.Run, "save", lambda run, save=save: runs.append(run) or save(run))
+            go(module, "--average-rate 0.5", module.SCRIPT)
+        parts = runs[-1].parts
+        assert any(part is parts[name] for part in used) and not any(part is parts["average"] for part in used)
+
+
+@pytest.mark.parametrize("module, flags, rows_read", [
+    (iq_discrete, "--value-loss v0_expert --chi2-rows both", 64), (iq_atari, "--value-loss v0_expert --chi2-rows both", 8),
+    (iq_discrete, "--value-loss v0_expert --chi2-rows expert --divergence w1", 64),
+    (iq_discrete, "--value-loss v0_expert --chi2-rows expert", 32)])
+def test_play_is_read_where_a_term_needs_it(module, flags, rows_read, go, monkeypatch):
+    seen, loss = [], module.iq_loss
+    monkeypatch.setattr(module, "iq_loss", lambda *a: seen.append(len(a[2].obs)) or loss(*a))
+    go(module, flags)
+    assert seen[-1] == rows_read
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_every_script_draws_the_same_transitions(module):
+    lengths = np.array([9, 2, 30, 14, 7])
+    for seed in range(4):
+        chosen, place, t = module.choose_transitions(module.Args(seed=seed, num_demos=3, subsample_freq=5), lengths)
+        rng = np.random.default_rng(seed)
+        assert chosen.tolist() == rng.permutation(5)[:3].tolist()
+        times = [np.arange(rng.integers(min(5, n)), n, 5) for n in lengths[chosen]]
+        assert t.tolist() == np.concatenate(times).tolist() and place.tolist() == [i for i, x in enumerate(times) for _ in x]
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_a_report_that_is_due_is_stored(module, go, monkeypatch):
+    save = module.Run.save
+    monkeypatch.setattr(module.Run, "save", lambda run: setattr(run, "due", True) or save(run))
+    assert go(module)[0]["due"] is True
+
+
+def test_actions_at_the_bounds_count_as_0_999():
+    obs, ends = torch.zeros(2, 3), torch.tensor([[1.0], [0.999]])
+    mean = log_std = torch.zeros(2, 1)
+    right = iq_continuous.log_density(mean, log_std, torch.atanh(torch.tensor([[0.999], [0.999]])))
+    batch = iq_continuous.Batch(obs, ends, obs, obs[:, 0])
+    torch.testing.assert_close(-iq_continuous.cloning_loss(lambda obs: (mean, log_std), batch, 2), right.mean())
+    torch.testing.assert_close(iq_offline.log_policy(None, lambda obs: (mean, log_std), obs, ends, 1.0), right)
+    idm = iq_ilo.InverseDynamics((3,), 1, False, 8)
+    right = iq_ilo.log_density(*iq_ilo.gaussian(idm(obs, obs)), torch.atanh(torch.full((2, 1), 0.999)))
+    torch.testing.assert_close(idm.log_prob(obs, ends, obs), right)
+
+
+def test_held_out_likelihood_is_at_the_policys_temperature(go, monkeypatch):
+    q, action = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    batch = iq_offline.Batch(q, action, q, torch.zeros(5))
+    term = iq_offline.holdout_terms(lambda obs: obs, None, batch, 0.5)["holdout_log_likelihood"]
+    torch.testing.assert_close(term, -F.cross_entropy(q / 0.5, action))
+    used, terms = [], iq_offline.holdout_terms
+    monkeypatch.setattr(iq_offline, "holdout_terms", lambda *a: used.append(a[3]) or terms(*a))
+    go(iq_offline, "--objective bc --temperature 0.3 --holdout 0.5")
+    assert set(used) == {1.0}
+
+
+def test_actions_named_by_the_policy_are_at_the_temperature():
+    x, policy = torch.zeros(2, 3), SimpleNamespace(sample=lambda obs, temperature: temperature)
+    assert iq_ilo.name_actions("policy", policy, None, iq_ilo.States(x, x, x[:, 0]), None, 0.3) == 0.3
+
+
+def test_cloning_games_takes_as_many_updates_as_play(go):
+    assert go(iq_atari, "--objective bc --total-timesteps 40 --updates-per-step 0.5")[0]["updates"] == 22
+
+
+def test_alpha_of_the_absorbing_state_and_margin_of_kl():
+    assert iq_discrete.absorbing_value(0.1, 0.1, iq_discrete.Args(gamma=0.9)) == pytest.approx(10)
+    r = torch.tensor([-4.9, 1.0])
+    for module in (iq_discrete, iq_offline):
+        torch.testing.assert_close(module.phi("kl", r), 1 - torch.exp(-r))
+
+
+@pytest.mark.parametrize("module", [iq_continuous, iq_offline, iq_ilo])
+def test_transitions_of_drawn_episodes_of_unequal_lengths(module, tmp_path):
+    lengths = np.array([3, 6, 2, 5])
+    obs = np.concatenate([np.full((n + 1, 3), 10 * i) + np.arange(n + 1)[:, None] for i, n in enumerate(lengths)])
+    n, path = lengths.sum(), tmp_path / "file.npz"
+    np.savez(path, observations=obs.astype(np.float32), actions=np.zeros((n, 1), np.float32), terminations=np.zeros(n, bool),
+             truncations=np.zeros(n, bool), episode_lengths=lengths, env_id=np.array("Pendulum-v1"))
+    args = module.Args(env_id="Pendulum-v1", demos=str(path), num_demos=2, seed=3)
+    actor = iq_continuous.Actor((3,), [-2.0], [2.0], 8)
+    given = {iq_continuous: ((3,), actor), iq_offline: (None,), iq_ilo: ((3,),)}[module]
+    demos = module.load_demonstrations(args, *given, "cpu")
+    expected = [10 * i + t for i in np.random.default_rng(3).permutation(4)[:2] for t in range(lengths[i])]
+    assert demos.transitions.obs[:, 0].tolist() == expected
+    assert demos.transitions.next_obs[:, 0].tolist() == [x + 1 for x in expected]
+
+
+def test_the_reward_network_is_of_the_critic_that_is_saved(go, monkeypatch):
+    given, fit = [], iq_ilo.fit_reward
+    monkeypatch.setattr(iq_ilo, "fit_reward", lambda critic, *a: given.append(critic.state_dict()) or fit(critic, *a))
+    model = go(iq_ilo, "--average-rate 0.01")[1]
+    assert all(torch.equal(model["critic"][name], value) for name, value in given[0].items())
+
+
+@pytest.mark.parametrize("module", [iq_discrete, iq_continuous, iq_offline, iq_ilo])
+@pytest.mark.parametrize("meaning", ["terminations", "time-limits"])
+def test_what_dones_are(module, meaning, tmp_path):
+    demos = {iq_discrete: "CartPole-v1", iq_offline: "CartPole-v1"}.get(module, "Pendulum-v1")
+    with np.load(ROOT / "demos" / f"{demos}.npz") as file:
+        data = {name: file[name] for name in file.files if name not in ("terminations", "truncations")}
+    ends = np.zeros(len(data["actions"]), bool)
+    ends[np.cumsum(data["episode_lengths"]) - 1] = True
+    np.savez(tmp_path / "file.npz", dones=ends, **data)
+    args = module.Args(env_id=demos, demos=str(tmp_path / "file.npz"), num_demos=0, dones_are=meaning)
+    actor = iq_continuous.Actor((3,), [-2.0], [2.0], 8)
+    given = {iq_discrete: ((4,), 2), iq_continuous: ((3,), actor), iq_offline: (None,), iq_ilo: ((3,),)}[module]
+    terminated = module.load_demonstrations(args, *given, "cpu").transitions.terminated
+    assert terminated.sum() == (len(data["episode_lengths"]) if meaning == "terminations" else 0)
