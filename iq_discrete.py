@@ -586,7 +586,7 @@ def draw(demos: Demonstrations, n: int) -> Batch:
 
 class Replay:
     """Rows of tensors, preallocated on the device: the oldest are overwritten, none unwritten is drawn. BadInput where they
-    do not fit."""
+    cannot be allocated."""
 
     def __init__(self, size: int, fields: list[tuple[tuple[int, ...], torch.dtype]], device):
         try:
