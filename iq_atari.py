@@ -180,6 +180,14 @@ def validate(args: Args) -> None:
     check(args.buffer_size >= 8 * args.num_envs, f"--buffer-size {args.buffer_size}: expected at least 8 times --num-envs")
 
 
+def check_compiler(device) -> None:
+    """Compile something small: raises BadInput where `torch.compile` cannot work, without a C++ compiler say."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:
+        raise BadInput(f"--compile: {str(error).splitlines()[0]}") from None
+
+
 # ---------------------------------------------------------------------------------------- Environment
 def make_envs(args: Args, num_envs: int) -> AtariVectorEnv:
     """Games played together: every 4th frame, the maximum of the last two, 84×84 grey, 4 stacked, up to 30 no-ops and
@@ -598,6 +606,7 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
     if target is None:  # one pass for s and s'; V(s') carries gradient, as the paper has it without a target network
         q = network(torch.cat([obs, next_obs]))
         V, next_V = soft_value(q, τ).chunk(2)
+        q = q[: len(obs)]
     else:
         q = network(obs)
         V = soft_value(q, τ)
@@ -605,9 +614,10 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
             next_V = soft_value(target(next_obs), τ)
     next_V = (1 - terminated) * next_V
     # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to the loss where dynamics are random.
-    r = q[: len(obs)].gather(1, action[:, None]).squeeze(1) - γ * next_V
+    r = q.gather(1, action[:, None]).squeeze(1) - γ * next_V
+    r_expert, r_policy = r[:n_expert], r[n_expert:]
 
-    terms = {"expert_term": -r[:n_expert].mean()}  # χ²: φ(r) = r − r²/(4α), its second part is the last term
+    terms = {"expert_term": -r_expert.mean()}  # χ²: φ(r) = r − r²/(4α), its second part is the last term
     if args.value_loss == "value":  # telescoped over the mixture of both occupancies, §5.1
         terms["value_term"] = (V - γ * next_V).mean()
     elif args.value_loss == "value_expert":  # telescoped over the expert's occupancy
@@ -616,12 +626,12 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
         terms["value_term"] = (1 - γ) * soft_value(network(initial_obs), τ).mean()
     else:  # v0_expert
         terms["value_term"] = (1 - γ) * V[:n_expert].mean()
-    rows = r[:n_expert] if args.chi2_rows == "expert" else r
+    rows = r_expert if args.chi2_rows == "expert" else r
     terms["chi2_term"] = (rows**2).mean() / (4 * args.chi2_alpha)
     loss = sum(terms.values())
-    logged = {"loss": loss, **terms, "value": V, "reward_expert": r[:n_expert]}
-    if len(r) > n_expert:
-        logged["reward_policy"] = r[n_expert:]
+    logged = {"loss": loss, **terms, "value": V, "reward_expert": r_expert}
+    if len(r_policy):
+        logged["reward_policy"] = r_policy
     return loss, logged
 
 
@@ -938,6 +948,8 @@ def train(args: Args) -> Path:
     validate(args)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.compile:
+        check_compiler(device)
     envs = make_envs(args, args.num_envs)
     num_actions = int(envs.single_action_space.n)
     demos = load_demonstrations(args, num_actions, device)

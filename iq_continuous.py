@@ -226,6 +226,14 @@ def validate(args: Args) -> None:
     check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
 
 
+def check_compiler(device) -> None:
+    """Compile something small: raises BadInput where `torch.compile` cannot work, without a C++ compiler say."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:
+        raise BadInput(f"--compile: {str(error).splitlines()[0]}") from None
+
+
 # ---------------------------------------------------------------------------------------- Environment
 def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
     """Environments stepped together. SAME_STEP: the default autoreset would store a fake transition from an
@@ -632,8 +640,9 @@ def iq_loss(critic, target, actor: Actor, batch: Batch, fresh, n_expert: int, in
     q, V = q[: len(obs)], q[len(obs) :] - τ * fresh[1][:n_value]
     # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to the loss where dynamics are random.
     r = q - γ * next_V
+    r_expert, r_policy = r[:n_expert], r[n_expert:]
 
-    terms = {"expert_term": -r[:n_expert].mean()}  # χ²: φ(r) = r − r²/(4α), its second part is the last term
+    terms = {"expert_term": -r_expert.mean()}  # χ²: φ(r) = r − r²/(4α), its second part is the last term
     if args.value_loss == "value":  # telescoped over the mixture of both occupancies, §5.1
         terms["value_term"] = (V - γ * next_V).mean()
     elif args.value_loss == "value_expert":  # telescoped over the expert's occupancy
@@ -645,12 +654,12 @@ def iq_loss(critic, target, actor: Actor, batch: Batch, fresh, n_expert: int, in
         terms["value_term"] = (1 - γ) * V.mean()
     else:  # v0_expert: with χ² on both halves it leaves r > 0 on expert rows, a bonus for surviving
         terms["value_term"] = (1 - γ) * V.mean()
-    rows = r[:n_expert] if args.chi2_rows == "expert" else r
+    rows = r_expert if args.chi2_rows == "expert" else r
     terms["chi2_term"] = (rows**2).mean() / (4 * α)
     loss = sum(terms.values())
-    logged = {"loss": loss, **terms, "value": V, "reward_expert": r[:n_expert]}
-    if len(r) > n_expert:
-        logged["reward_policy"] = r[n_expert:]
+    logged = {"loss": loss, **terms, "value": V, "reward_expert": r_expert}
+    if len(r_policy):
+        logged["reward_policy"] = r_policy
     return loss, logged
 
 
@@ -963,6 +972,8 @@ def train(args: Args) -> Path:
     validate(args)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.compile:
+        check_compiler(device)
     envs = make_envs(args, args.num_envs)
     if args.capture_video:
         make_envs(args, 1, "rgb_array").close()

@@ -213,6 +213,14 @@ def validate(args: Args) -> None:
     check(args.q_bound is None or 0 <= args.q_bound < np.inf, f"--q-bound {args.q_bound}: expected at least 0 and finite")
 
 
+def check_compiler(device) -> None:
+    """Compile something small: raises BadInput where `torch.compile` cannot work, without a C++ compiler say."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:
+        raise BadInput(f"--compile: {str(error).splitlines()[0]}") from None
+
+
 # ---------------------------------------------------------------------------------------- Environment
 class GridWorld(gym.Env):
     """A grid with walls on 20 % of its cells: walk from the start to the goal (GridWorld-v0).
@@ -682,16 +690,18 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
     if target is None:  # one pass for s and s'; V(s') carries gradient, as the paper has it without a target network
         q = network(torch.cat([obs, next_obs]))
         V, next_V = soft_value(q, τ).chunk(2)
+        q = q[: len(obs)]
     else:
         q = network(obs)
         V = soft_value(q, τ)
         with torch.no_grad():
             next_V = soft_value(target(next_obs), τ)
-    next_V = (1 - terminated) * next_V + terminated * end_value  # DEVIATION: with `--absorbing` not 0
+    next_V = torch.where(terminated.bool(), end_value, next_V)  # DEVIATION: with `--absorbing` the end's value is not 0
     # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to the loss where dynamics are random.
-    r = q[: len(obs)].gather(1, action[:, None]).squeeze(1) - γ * next_V
+    r = q.gather(1, action[:, None]).squeeze(1) - γ * next_V
+    r_expert, r_policy = r[:n_expert], r[n_expert:]
 
-    terms = {"expert_term": -phi(args.divergence, r[:n_expert]).mean()}
+    terms = {"expert_term": -phi(args.divergence, r_expert).mean()}
     if args.value_loss == "value":  # telescoped over the mixture of both occupancies, §5.1
         terms["value_term"] = (V - γ * next_V).mean()
     elif args.value_loss == "value_expert":  # telescoped over the expert's occupancy
@@ -702,14 +712,14 @@ def iq_loss(network, target, batch: Batch, n_expert: int, initial_obs: torch.Ten
         terms["value_term"] = (1 - γ) * V[:n_expert].mean()
     α = args.chi2_alpha or (0.5 if args.divergence == "chi2" else None)
     if α:
-        rows = r[:n_expert] if args.chi2_rows == "expert" else r
+        rows = r_expert if args.chi2_rows == "expert" else r
         terms["chi2_term"] = (rows**2).mean() / (4 * α)
     if args.divergence == "w1":
         terms["gradient_penalty"] = args.gradient_penalty * gradient_penalty(network, batch, n_expert)
     loss = sum(terms.values())
-    logged = {"loss": loss, **terms, "value": V, "reward_expert": r[:n_expert]}
-    if len(r) > n_expert:
-        logged["reward_policy"] = r[n_expert:]
+    logged = {"loss": loss, **terms, "value": V, "reward_expert": r_expert}
+    if len(r_policy):
+        logged["reward_policy"] = r_policy
     return loss, logged
 
 
@@ -1043,6 +1053,8 @@ def train(args: Args) -> Path:
     validate(args)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.compile:
+        check_compiler(device)
     envs = make_envs(args, args.num_envs)
     if args.capture_video:
         make_envs(args, 1, "rgb_array").close()

@@ -229,6 +229,14 @@ def validate(args: Args) -> None:
           "on them say nothing of the expert: take --value-loss value, v0 or v0_expert, or --missing-action idm")
 
 
+def check_compiler(device) -> None:
+    """Compile something small: raises BadInput where `torch.compile` cannot work, without a C++ compiler say."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:
+        raise BadInput(f"--compile: {str(error).splitlines()[0]}") from None
+
+
 # ---------------------------------------------------------------------------------------- Environment
 class PointMaze(gym.Env):
     """A point pushed about the unit square, round a barrier to the goal.
@@ -851,8 +859,9 @@ def iq_loss(critic, target, policy, batch: Batch, n_expert: int, initial_obs: to
     next_V = (1 - terminated) * next_V
     # DEVIATION: φ acts on one sampled s', which adds γ²·Var V(s')/(4α) to the loss where dynamics are random.
     r = q - γ * next_V
+    r_expert, r_policy = r[:n_expert], r[n_expert:]
 
-    terms = {"expert_term": -r[:n_expert].mean()}  # χ²: φ(r) = r − r²/(4α), its second part is the last term
+    terms = {"expert_term": -r_expert.mean()}  # χ²: φ(r) = r − r²/(4α), its second part is the last term
     if args.value_loss == "value":  # telescoped over the mixture of both occupancies, §5.1
         terms["value_term"] = (V - γ * next_V).mean()
     elif args.value_loss == "value_expert":  # telescoped over the expert's occupancy
@@ -861,10 +870,10 @@ def iq_loss(critic, target, policy, batch: Batch, n_expert: int, initial_obs: to
         terms["value_term"] = (1 - γ) * policy.value(critic, initial_obs, τ).mean()
     else:  # v0_expert: with χ² on both halves it leaves r > 0 on expert rows, a bonus for surviving
         terms["value_term"] = (1 - γ) * V[:n_expert].mean()
-    rows = r[:n_expert] if args.chi2_rows == "expert" else r
+    rows = r_expert if args.chi2_rows == "expert" else r
     terms["chi2_term"] = (rows**2).mean() / (4 * α)
     loss = sum(terms.values())
-    return loss, {"loss": loss, **terms, "value": V, "reward_expert": r[:n_expert], "reward_policy": r[n_expert:]}
+    return loss, {"loss": loss, **terms, "value": V, "reward_expert": r_expert, "reward_policy": r_policy}
 
 
 def actor_loss(critic, policy: TanhGaussian, obs: torch.Tensor, temperature: float):
@@ -1238,6 +1247,8 @@ def train(args: Args) -> Path:
     validate(args)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.compile:
+        check_compiler(device)
     envs = make_envs(args, args.num_envs)
     if args.capture_video:
         make_envs(args, 1, "rgb_array").close()

@@ -201,6 +201,14 @@ def validate(args: Args) -> None:
     check(args.q_bound is None or 0 <= args.q_bound < np.inf, f"--q-bound {args.q_bound}: expected at least 0 and finite")
 
 
+def check_compiler(device) -> None:
+    """Compile something small: raises BadInput where `torch.compile` cannot work, without a C++ compiler say."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:
+        raise BadInput(f"--compile: {str(error).splitlines()[0]}") from None
+
+
 # ---------------------------------------------------------------------------------------- Environment
 class Spaces(NamedTuple):
     """The sizes and bounds of a task; `num_actions` is 0 where actions are continuous, the bounds are empty elsewhere."""
@@ -1094,6 +1102,8 @@ def train(args: Args) -> Path:
     validate(args)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.compile:
+        check_compiler(device)
     if args.capture_video:
         make_envs(args, 1, "rgb_array").close()
     demos = load_demonstrations(args, env_spaces(args), device)

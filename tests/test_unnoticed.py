@@ -1,5 +1,7 @@
 """What would go wrong without a word: numbers that are reported, seeds, what losses and optimisers are given, statistics,
 what play stores. Each test failed on a script that was broken in one place and passed all the others."""
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -438,3 +440,93 @@ def test_what_dones_are(module, meaning, tmp_path):
     given = {iq_discrete: ((4,), 2), iq_continuous: ((3,), actor), iq_offline: (None,), iq_ilo: ((3,),)}[module]
     terminated = module.load_demonstrations(args, *given, "cpu").transitions.terminated
     assert terminated.sum() == (len(data["episode_lengths"]) if meaning == "terminations" else 0)
+
+
+def test_the_reward_is_fitted_with_a_rate_that_falls_to_zero(monkeypatch):
+    critic, rates, step = iq_ilo.QNetwork((4,), 2, True), [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: rates.append(adam.param_groups[0]["lr"]) or step(adam))
+    replay = iq_ilo.Replay(4, [((4,), torch.float32), ((), torch.int64), ((4,), torch.float32), ((), torch.float32)], "cpu")
+    replay.add(torch.ones(4, 4), torch.ones(4).long(), torch.ones(4, 4), torch.zeros(4))
+    zeros = torch.zeros(3, 4)
+    demos = iq_ilo.Demonstrations(iq_ilo.States(zeros, zeros, zeros[:, 0]), zeros, 0.0)
+    args = iq_ilo.Args(reward_updates=4, temperature=0.1, batch_size=2)
+    iq_ilo.fit_reward(critic, iq_ilo.Softmax(critic), None, demos, replay, args, SimpleNamespace(signum=0))
+    assert rates == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_actions_of_the_replay_are_drawn_without_regard_to_the_state():
+    zeros, action = torch.zeros(50, 4), torch.arange(50)
+    played = iq_ilo.Batch(zeros, action, zeros, zeros[:, 0])
+    drawn = [iq_ilo.name_actions("replay", None, None, iq_ilo.States(*[zeros[:40]] * 2, zeros[:40, 0]), played, 0.1)
+             for _ in range(20)]
+    assert all(len(x) == 40 for x in drawn) and torch.cat(drawn).unique().tolist() == action.tolist()
+    assert not (torch.stack(drawn) == action[:40]).all(0).any()  # no row keeps its own
+
+
+def test_frames_and_ends_of_games_that_are_replayed_together(monkeypatch):
+    """Game 0 ends by itself after 2 decisions, game 1 is cut off after 3; the first goes on as another game."""
+    def frames(*values):
+        return np.array(values, np.uint8)[:, None, None, None] * np.ones((1, 4, 84, 84), np.uint8)
+
+    class Games:
+        t = 0
+
+        def reset(self, seed):
+            assert seed.tolist() == [8, 9]
+            return frames(10, 20), {}
+
+        def step(self, action):
+            self.t, ended, cut = self.t + 1, np.array([self.t == 1, False]), np.array([False, self.t == 2])
+            now = [10 + self.t, 20 + self.t]
+            assert self.t == 3 or action.tolist() == [self.t, 3 + self.t]
+            obs = [99 if end else value for end, value in zip(ended | cut, now)]
+            return frames(*obs), np.array([1.0, 5.0]), ended, cut, {"final_obs": frames(*now)}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(iq_atari, "make_envs", lambda args, n: Games())
+    data = {"seeds": np.array([7, 8, 9]), "actions": np.array([0, 1, 2, 4, 5, 6]), "episode_lengths": np.array([1, 2, 3]),
+            "returns": np.array([0.0, 2.0, 15.0])}
+    shown, terminations = iq_atari.simulate("", iq_atari.Args(), data, np.array([1, 2]))
+    assert shown[:, 5, 5].tolist() == [10, 11, 12, 20, 21, 22, 23]
+    assert terminations.tolist() == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("module", [iq_discrete, iq_continuous, iq_ilo])
+def test_steps_per_second_of_a_resumed_run_are_its_own(module, go, tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "time", lambda: now[0])
+    init = module.Run.__init__
+
+    def begin(run, *a):
+        init(run, *a)
+        now[0] += 10  # seconds
+
+    monkeypatch.setattr(module.Run, "__init__", begin)
+    go(module)
+    last = [rows(tmp_path / "run")[-1]]
+    now[0] += 500  # between the two
+    assert module.main(["--resume", str(tmp_path / "run"), "--total-timesteps", "100"]) == 0
+    last.append(rows(tmp_path / "run")[-1])
+    assert [(r["steps_per_second"], r["seconds"]) for r in last] == [("6.0", "10.0"), ("4.0", "20.0")]
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_compile_that_cannot_work_is_bad_input(module, tmp_path, monkeypatch, capsys):
+    def compile(*_):
+        raise RuntimeError("no compiler\nfar more")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    given = {iq_atari: f"--demos {frame_demos(tmp_path / 'frames.npz')}", iq_offline: "--env-id CartPole-v1",
+             iq_continuous: f"--demos {pendulum_demos(tmp_path / 'pendulum.npz')}"}.get(module, "")
+    assert module.main(f"{TINY[module]} {given} --compile --eval-every 0 --out-dir {tmp_path / 'runs'}".split()) == 2
+    assert capsys.readouterr().err.strip().endswith("--compile: no compiler") and not (tmp_path / "runs").exists()
+
+
+def test_no_compiler_is_bad_input(tmp_path):
+    there = os.environ | {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, str(ROOT / "iq_discrete.py"), "--no-cuda", "--compile", "--out-dir", str(tmp_path / "runs")]
+    ended = subprocess.run(command, env=there, capture_output=True, text=True)
+    assert ended.returncode == 2 and "--compile: " in ended.stderr and "compiler" in ended.stderr
+    assert "Traceback" not in ended.stderr and not (tmp_path / "runs").exists()
