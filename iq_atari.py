@@ -1003,7 +1003,8 @@ def train(args: Args) -> Path:
                 batch = draw(demos, n)
                 if playing and both:  # expert rows first
                     batch = Batch(*(torch.cat(rows) for rows in zip(batch, replay.sample(n))))
-                run.terms = update(batch, initial_obs)
+                starts = torch.randint(len(initial_obs), (n if args.value_loss == "v0" else 0,), device=device)
+                run.terms = update(batch, initial_obs[starts])
                 run.updates += 1
 
             run.tick(run.step, args.num_envs) if playing else run.tick(run.updates, 1)
