@@ -232,8 +232,9 @@ class QNetwork(nn.Module):
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.autocast):
             dtype = torch.bfloat16 if self.autocast else torch.float32
-            obs = obs.to(dtype, memory_format=torch.channels_last)
-            features = self.layers((obs - self.obs_mean.to(dtype)) / self.obs_std.to(dtype))
+            # In place, and before the layout changes: a third of the time.
+            obs = obs.to(dtype, copy=True).sub_(self.obs_mean.to(dtype)).div_(self.obs_std.to(dtype))
+            features = self.layers(obs.contiguous(memory_format=torch.channels_last))
         return self.head(features.float())
 
 
@@ -506,8 +507,9 @@ def stack_frames(frames: torch.Tensor, ring, position: torch.Tensor, age: torch.
     What lies before the episode's start, `age` decisions ago, is zero, as in the emulator's first observation.
     """
     offset = torch.arange(-3, 2, device=frames.device)
-    stacks = frames[ring, (position[:, None] + offset) % frames.shape[1]]
-    return stacks.masked_fill_((offset < -age[:, None])[..., None, None], 0)
+    row = ring * frames.shape[1] + (position[:, None] + offset) % frames.shape[1]
+    stacks = frames.flatten(0, 1).index_select(0, row.flatten()).view(*row.shape, 84, 84)
+    return stacks.mul_((offset >= -age[:, None]).byte()[..., None, None])
 
 
 def draw(demos: Demonstrations, n: int) -> Batch:

@@ -530,3 +530,20 @@ def test_no_compiler_is_bad_input(tmp_path):
     ended = subprocess.run(command, env=there, capture_output=True, text=True)
     assert ended.returncode == 2 and "--compile: " in ended.stderr and "compiler" in ended.stderr
     assert "Traceback" not in ended.stderr and not (tmp_path / "runs").exists()
+
+
+def test_frames_given_as_floats_stay_as_they_are():
+    network, frames = iq_atari.QNetwork(6), torch.full((2, 4, 84, 84), 100.0)
+    network.obs_mean.fill_(40)
+    q = network(frames)
+    assert (frames == 100).all() and torch.equal(q, network(frames.byte()))
+
+
+def test_states_where_games_start_are_drawn_for_v0(go, monkeypatch):
+    given, loss = [], iq_atari.iq_loss
+    monkeypatch.setattr(iq_atari, "iq_loss", lambda *a: given.append(a[4]) or loss(*a))
+    go(iq_atari, "--value-loss v0")
+    go(iq_atari, "--value-loss value", "other")
+    drawn, none = given[: len(given) // 2], given[len(given) // 2 :]
+    assert {len(x) for x in drawn} == {4} and {len(x) for x in none} == {0}
+    assert len({float(x.float().mean()) for x in drawn}) > 1 and not any(x[:, :3].any() for x in drawn)
