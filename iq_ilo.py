@@ -60,7 +60,7 @@ RANDOM_RETURN: dict[str, float] = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLa
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 # DEVIATION: in these discrete tasks the loss reads the expert's rows alone, as iq_offline.py's; a model of the agent's play
 # names their actions. With χ² on both halves LunarLander had −375 and −314 from one demonstration, not 22 and 201 (seeds
-# 1, 2). So nothing sets the reward off the expert's states: for that, --value-loss value --chi2-rows both.
+# 1, 2, an earlier expert). So nothing sets the reward off the expert's states; --value-loss value --chi2-rows both does.
 DISCRETE = {"learning_starts": 500, "value_loss": "value_expert", "chi2_rows": "expert", "target_rate": 0.0,
             "layer_norm": False, "standardize_obs": False, "batch_size": 32}
 PLAYED = {"value_loss": "value", "chi2_rows": "both"}  # instead, where --missing-action names no action of the expert's

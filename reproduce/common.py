@@ -115,6 +115,6 @@ def draw_curves(axis, curves: list[dict], labels: dict[str, str], methods) -> No
 
 
 def mean_sd(rows: list[dict], name: str, digits: int = 1) -> str:
-    """`mean ± standard deviation` over rows."""
+    """`mean ± standard deviation` over rows; the mean alone of one."""
     values = np.array([float(row[name]) for row in rows])
-    return f"{values.mean():.{digits}f} ± {values.std():.{digits}f}"
+    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")

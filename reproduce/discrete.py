@@ -3,8 +3,8 @@
     python reproduce/discrete.py
 
 Writes discrete.csv, a row for each run, and discrete.md, the table. No seed was a tuning seed, but LunarLander's
-setting was chosen with both of its rows at hand, and CartPole's after these seeds had been read with the one before;
-NOTES.md has that, and what was read on 101 to 105.
+setting was chosen with both of its rows at hand, and CartPole's after these seeds had been read with the one before,
+as Acrobot's with earlier demonstrations; NOTES.md has that, and what was read on 101 to 105.
 """
 import sys
 from pathlib import Path

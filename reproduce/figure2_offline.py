@@ -5,8 +5,8 @@
 Writes figure2_offline.csv, a row for each run, figure2_offline.md, the table, and figure2_offline.png. A second call
 goes on where the first was stopped. Seeds 111 to 115 were not tuned on; NOTES.md says what had been read of them before.
 
-Where few trajectories are drawn, which ones decides more than the method: figure2_draws.csv has 20 more seeds there, each
-with its own, and the second table of figure2_offline.md their spread.
+Where few trajectories are drawn, which ones decides more than the method: figure2_draws.csv has 20 more seeds there, which
+take 15 of the 30 trajectories, and the second table of figure2_offline.md their spread.
 """
 from pathlib import Path
 
@@ -20,7 +20,7 @@ NUMBERS = (1, 3, 7, 10, 15)
 TASKS = {"CartPole": ("CartPole-v1", 20), "Acrobot": ("Acrobot-v1", 5), "LunarLander": ("LunarLander-v3", 5)}
 # W1 bounds the slope of Q, so its τ is small; no χ² joins it.
 METHODS = {"chi2": "", "w1": "--divergence w1 --temperature 0.01 --chi2-alpha None", "bc": "--objective bc"}
-DRAWS = range(241, 261)  # seeds of the second table, which nothing was tuned on
+DRAWS = range(241, 261)  # of the second table; read before with Acrobot's and LunarLander's earlier setting or expert, too
 MORE = FOLDER / "figure2_draws.csv"
 FEW = {"CartPole": (1,), "Acrobot": (1,), "LunarLander": (1, 3)}  # trajectories there
 NAMES = {"chi2": "IQ-Learn, χ²", "w1": "IQ-Learn, W1", "bc": "cloning"}

@@ -3,8 +3,8 @@
     python reproduce/table6_ilo.py
 
 Writes table6_ilo.csv, a row for each run, table6_ilo_curves.csv, table6_ilo.md and table6_ilo.png. No seed was tuned on
-but HalfCheetah's with actions (NOTES.md, also on why some begin later); a second call goes on where the csv stops. With
-actions: `iq_discrete.py` and `iq_continuous.py`, same files.
+but HalfCheetah's and Ant's with actions (NOTES.md, also on why some begin later); a second call goes on where the csv stops.
+With actions: `iq_discrete.py` and `iq_continuous.py`, same files.
 """
 from pathlib import Path
 
@@ -50,6 +50,10 @@ def table(rows: list[dict]) -> str:
                                  f"{mean_sd(own, 'expert', digits)} | {float(own[0]['random']):.1f} | "
                                  f"{mean_sd(own, 'normalized', 3)} | {paper} | {len(own)} | {own[0]['steps']} | "
                                  f"{minutes} |")
+    lines += ["", "Rows of one task may have other seeds and lengths (csv): `policy` and `replay` begin with 101 and "
+              "ran on LunarLander with 256 units on raw states; Hopper's and Ant's `with actions` are other seeds "
+              "than `idm`'s, Hopper's half as long; HalfCheetah's and Walker2d's `idm` have "
+              "`--total-timesteps 200000 --anneal-lr 0.5`."]
     return "\n".join(lines) + "\n"
 
 

@@ -140,10 +140,12 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
         f"LunarLander has {mean('discrete', task='LunarLander', method='iq', **one):.0f} "
         f"(cloning {mean('discrete', task='LunarLander', method='bc', **one):.0f}; "
         f"{mean('discrete', task='LunarLander, play in the loss', **one):.0f} with".replace("-", "−"),
+        "Pong models score " + ", clones ".join(", ".join(f"{mean('pong', 'mean_of_48', method=method, seed=seed):.1f}"
+                                                for seed in ("106", "107", "108")) for method in ("iq", "bc")),
         f"they score {mean(method='iq', **curve):.1f}, clones {mean(method='bc', **curve):.1f}",
         f"Walker2d has {mean('offline_mujoco', task='Walker2d-v5', method='iq', **offline):.0f} "
         f"(cloning {mean('offline_mujoco', task='Walker2d-v5', method='bc', **offline):.0f})",
-        f"over 20 others {mean('figure2_draws', task='CartPole', method='chi2'):.0f} "
+        f"over 20 more {mean('figure2_draws', task='CartPole', method='chi2'):.0f} "
         f"(cloning {mean('figure2_draws', task='CartPole', method='bc'):.0f})",
         f"Ant {mean('offline_mujoco', task='Ant-v5', method='iq', **offline):.0f} "
         f"({mean('offline_mujoco', task='Ant-v5', method='bc', **offline):.0f})",
