@@ -304,6 +304,18 @@ gym.register("GridWorld-v0", entry_point=GridWorld)
 GRID_SWITCHES = ("random_walls", "random_start", "random_goal", "stay_action")
 
 
+class Plain(gym.Wrapper):
+    """Observations as copies, since an environment may write the next one over the last, actions in the space's own dtype,
+    and no infos, which a vector environment would have to stack."""
+
+    def reset(self, **options):
+        return np.array(self.env.reset(**options)[0]), {}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = self.env.step(np.asarray(action, self.env.action_space.dtype)[()])
+        return np.array(obs), reward, terminated, truncated, {}
+
+
 def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
     """Environments stepped together. SAME_STEP: the default autoreset would store a fake transition from an
     episode's end to the next one's start; here the true last observation is `info["final_obs"]`.
@@ -313,7 +325,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     """
     grid = {"size": args.grid_size} | {switch: getattr(args, switch) for switch in GRID_SWITCHES}
     try:
-        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync",
+        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=[Plain],
                             vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
                             **({"render_mode": render_mode} if render_mode else {}),  # not every constructor takes it
                             **(grid if args.env_id == "GridWorld-v0" else {}))
@@ -788,7 +800,7 @@ def evaluate(network, args: Args, device, stop: "Run | None" = None, frames: lis
 
 def random_return(args: Args) -> float:
     """Mean return of random actions: from the table, else 20 episodes played now."""
-    if (name := env_name(args.env_id)) in RANDOM_RETURN:
+    if (name := env_name(args.env_id)) in RANDOM_RETURN and ":" not in args.env_id:  # else a namesake of one's own
         return RANDOM_RETURN[name]
     print(f"measuring the return of random actions in {args.env_id}, 20 episodes", flush=True)
     return float(evaluate(None, replace(args, eval_episodes=20), "cpu").mean())
@@ -1153,6 +1165,8 @@ def play(args: Args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # ± and γ where the locale has none
+        getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     try:
         args = parse_args(argv)
         train(args) if args.evaluate is None else play(args)

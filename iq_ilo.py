@@ -312,6 +312,18 @@ gym.register("PointMaze-v0", entry_point=PointMaze)
 MAZE_SWITCHES = ("barrier", "random_start")
 
 
+class Plain(gym.Wrapper):
+    """Observations as copies, since an environment may write the next one over the last, actions in the space's own dtype,
+    and no infos, which a vector environment would have to stack."""
+
+    def reset(self, **options):
+        return np.array(self.env.reset(**options)[0]), {}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = self.env.step(np.asarray(action, self.env.action_space.dtype)[()])
+        return np.array(obs), reward, terminated, truncated, {}
+
+
 def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
     """Environments stepped together. SAME_STEP: the default autoreset would store a fake transition from an
     episode's end to the next one's start; here the true last observation is `info["final_obs"]`.
@@ -321,7 +333,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     """
     maze = {switch: getattr(args, switch) for switch in MAZE_SWITCHES}
     try:
-        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync",
+        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=[Plain],
                             vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
                             **({"render_mode": render_mode} if render_mode else {}),  # not every constructor takes it
                             **(maze if args.env_id == "PointMaze-v0" else {}))
@@ -332,7 +344,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
         usable = action_space.start == 0
     else:
         usable = (isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
-                  and (np.abs([action_space.low, action_space.high]) < 1e30).all()  # float32's limits stand for none, too
+                  and (np.abs([action_space.low, action_space.high], dtype=float) < 1e30).all()  # float32's limits: none too
                   and action_space.dtype.kind == "f" and (action_space.low < action_space.high).all())
     check(usable, f"--env-id {args.env_id}: its action space is {action_space}, expected Discrete(n), or a bounded Box of "
           "one dimension of real numbers from a low to a higher bound")
@@ -428,6 +440,7 @@ class Softmax(nn.Module):
         weights = torch.softmax(q / temperature, 1) if temperature else F.one_hot(q.argmax(1), q.shape[1])
         return (weights * function.each(obs)).sum(1)
 
+    @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """The greedy action, in the environment's numbers `[B]`."""
         return self.critic.each(obs).argmax(1)
@@ -500,6 +513,7 @@ class TanhGaussian(nn.Module):
         obs = obs.repeat_interleave(samples, 0)
         return function(obs, self.sample(obs, temperature)).view(-1, samples).mean(1)
 
+    @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """The deterministic action, tanh of the mean, in the environment's units `[B, A]`."""
         return self.to_env(torch.tanh(self(obs)[0]))
@@ -923,7 +937,7 @@ def evaluate(actor, args: Args, device, stop: "Run | None" = None, frames: list 
 
 def random_return(args: Args) -> float:
     """Mean return of random actions: from the table, else 20 episodes played now."""
-    if (name := env_name(args.env_id)) in RANDOM_RETURN:
+    if (name := env_name(args.env_id)) in RANDOM_RETURN and ":" not in args.env_id:  # else a namesake of one's own
         return RANDOM_RETURN[name]
     print(f"measuring the return of random actions in {args.env_id}, 20 episodes", flush=True)
     return float(evaluate(None, replace(args, eval_episodes=20), "cpu").mean())
@@ -1362,6 +1376,8 @@ def play(args: Args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # ± and γ where the locale has none
+        getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     try:
         args = parse_args(argv)
         train(args) if args.evaluate is None else play(args)

@@ -220,6 +220,18 @@ class Spaces(NamedTuple):
     action_high: tuple[float, ...]
 
 
+class Plain(gym.Wrapper):
+    """Observations as copies, since an environment may write the next one over the last, actions in the space's own dtype,
+    and no infos, which a vector environment would have to stack."""
+
+    def reset(self, **options):
+        return np.array(self.env.reset(**options)[0]), {}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = self.env.step(np.asarray(action, self.env.action_space.dtype)[()])
+        return np.array(obs), reward, terminated, truncated, {}
+
+
 def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
     """Environments stepped together, to evaluate in.
 
@@ -227,16 +239,17 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
         BadInput: an unknown environment, or one whose spaces this script does not handle.
     """
     try:
-        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync",
+        envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=[Plain],
                             vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
                             **({"render_mode": render_mode} if render_mode else {}))  # not every constructor takes it
     except Exception as error:  # each constructor has its own
         raise BadInput(f"--env-id {args.env_id}: {' '.join(str(error).split())}") from None
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     discrete = isinstance(action_space, gym.spaces.Discrete) and action_space.start == 0
-    continuous = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
-    check(discrete or continuous,
-          f"--env-id {args.env_id}: its action space is {action_space}, expected Discrete(n) or a Box of shape (n,)")
+    continuous = (isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
+                  and action_space.dtype.kind == "f" and (action_space.low < action_space.high).all())
+    check(discrete or continuous, f"--env-id {args.env_id}: its action space is {action_space}, expected Discrete(n) or a "
+          "Box of shape (n,) of real numbers from a low to a higher bound")
     check(isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) > 0,
           f"--env-id {args.env_id}: its observation space is {obs_space}, expected a Box of one dimension or more")
     if render_mode:  # told before training, not after it
@@ -327,6 +340,7 @@ class Actor(nn.Module):
         least, greatest = self.LOG_STD
         return mean, least + (greatest - least) * (torch.tanh(log_std) + 1) / 2
 
+    @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """The deterministic action, tanh of the mean, in the environment's units `[B, A]`."""
         return self.to_env(torch.tanh(self(obs)[0]))
@@ -805,6 +819,8 @@ def evaluate(network, actor, args: Args, device, stop: "Run | None" = None, fram
         else:
             with torch.no_grad():
                 action = act(network, actor, torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu().numpy()
+        if isinstance(envs.action_space, gym.spaces.Box):  # a model's bounds may be its demonstrations' extremes
+            action = action.clip(envs.action_space.low, envs.action_space.high)
         obs, reward, terminated, truncated, _ = envs.step(action)
         returns += np.where(running, reward, 0)
         running &= ~(terminated | truncated)
@@ -814,7 +830,7 @@ def evaluate(network, actor, args: Args, device, stop: "Run | None" = None, fram
 
 def random_return(args: Args) -> float:
     """Mean return of random actions: from the table, else 20 episodes played now."""
-    if (name := env_name(args.env_id)) in RANDOM_RETURN:
+    if (name := env_name(args.env_id)) in RANDOM_RETURN and ":" not in args.env_id:  # else a namesake of one's own
         return RANDOM_RETURN[name]
     print(f"measuring the return of random actions in {args.env_id}, 20 episodes", flush=True)
     return float(evaluate(None, None, replace(args, eval_episodes=20), "cpu").mean())
@@ -1177,6 +1193,8 @@ def play(args: Args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):  # ± and γ where the locale has none
+        getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     try:
         args = parse_args(argv)
         train(args) if args.evaluate is None else play(args)

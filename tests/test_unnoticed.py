@@ -547,3 +547,52 @@ def test_states_where_games_start_are_drawn_for_v0(go, monkeypatch):
     drawn, none = given[: len(given) // 2], given[len(given) // 2 :]
     assert {len(x) for x in drawn} == {4} and {len(x) for x in none} == {0}
     assert len({float(x.float().mean()) for x in drawn}) > 1 and not any(x[:, :3].any() for x in drawn)
+
+
+class Sloppy(gym.Env):
+    """Writes each observation over the last, has infos of any kind, and takes only actions of its space's own dtype."""
+    observation_space = gym.spaces.Box(-9, 9, (2,), np.float32)
+    made = 0
+
+    def __init__(self, continuous=False):
+        self.action_space = gym.spaces.Box(-1, 1, (1,), np.float16) if continuous else gym.spaces.Discrete(2, dtype=np.int32)
+        self.obs, Sloppy.made = np.zeros(2, np.float32), Sloppy.made + 1
+        self.odd = [None, 1, "one", np.zeros(3), {"a": 1}][Sloppy.made % 5]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.obs[:] = 0
+        return self.obs, {"odd": self.odd, "final_info": 3}
+
+    def step(self, action):
+        assert action in self.action_space and action.dtype == self.action_space.dtype
+        self.obs += 1
+        return self.obs, 1.0, False, self.obs[0] == 3, {"odd": self.odd, "final_info": 3}
+
+
+@pytest.mark.parametrize("module, continuous", [(iq_discrete, False), (iq_continuous, True), (iq_ilo, False), (iq_ilo, True),
+                                                (iq_offline, False), (iq_offline, True)])
+def test_an_environment_that_is_sloppy(module, continuous, tmp_path, monkeypatch):
+    monkeypatch.setitem(gym.registry, "Sloppy-v0", gym.envs.registration.EnvSpec("Sloppy-v0", Sloppy))
+    n, ends = 6, np.array([0, 0, 1] * 2, bool)
+    actions = np.full((n, 1), 0.5, np.float32) if continuous else np.array([0, 1] * 3)
+    obs = np.repeat([[0, 1, 2, 3] * 2], 2, axis=0).T.astype(np.float32)
+    np.savez(tmp_path / "demos.npz", observations=obs, actions=actions, terminations=~ends & ends, truncations=ends,
+             episode_lengths=np.array([3, 3]), env_id=np.array("Sloppy-v0"))
+    given = {iq_offline: "--total-updates 3", iq_continuous: "--total-timesteps 40 --num-envs 3 --learning-starts 6",
+             iq_ilo: "--total-timesteps 40 --num-envs 3 --learning-starts 6 --reward-updates 2"}.get(
+                 module, "--total-timesteps 40 --num-envs 3")
+    where = f"--env-id Sloppy-v0 --demos {tmp_path / 'demos.npz'} --num-demos 2 --batch-size 4 --eval-episodes 6"
+    kwargs, make_vec = {"continuous": True} if continuous else {}, gym.make_vec
+    monkeypatch.setattr(gym, "make_vec", lambda env, **k: make_vec(env, **k | kwargs))
+    assert module.main(f"{where} {given} --out-dir {tmp_path} --run-name run".split()) == 0
+    assert float(rows(tmp_path / "run")[-1]["eval_return_mean"]) == 3
+    if module is not iq_offline:
+        stored = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["replay"]["storage"]
+        assert (stored[2] == stored[0] + 1).all() and set(stored[2][:, 0].tolist()) == {1, 2, 3}
+
+
+def test_a_namesake_of_ones_own_has_its_own_random_return(monkeypatch):
+    monkeypatch.setattr(iq_continuous, "evaluate", lambda *_: np.array([5.0]))
+    assert iq_continuous.random_return(iq_continuous.Args(env_id="mine:Hopper-v0")) == 5
+    assert iq_continuous.random_return(iq_continuous.Args(env_id="Hopper-v5")) == 15.4
