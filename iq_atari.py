@@ -393,7 +393,8 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, nu
     if "rewards" in data:
         check(data["rewards"].ndim == 1 and data["rewards"].dtype.kind in "biuf",
               f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected numbers")
-    recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else "unknown"
+    recorded = data["env_id"].reshape(-1)[0] if data["env_id"].size else "unknown"
+    recorded = recorded.decode(errors="replace") if isinstance(recorded, bytes) else str(recorded)
     check(env_name(recorded) in (env_name(args.env_id), "unknown"),
           f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
     if recorded.split(":")[-1] != args.env_id.split(":")[-1]:
@@ -475,7 +476,7 @@ def load_demonstrations(args: Args, num_actions: int, device) -> Demonstrations:
         first = first_action + np.arange(len(lengths))  # an episode has one frame more than actions
         frames = np.concatenate([frames[first[i] : first[i] + lengths[i] + 1] for i in chosen])
         terminations = data["terminations"][first_action[chosen][place] + t]
-        rewards = data.get("rewards", np.full(lengths.sum(), np.nan))
+        rewards = data.get("rewards", np.full(lengths.sum(), np.nan)).astype(np.float64)
         returns = np.add.reduceat(rewards, first_action)[chosen]
     else:
         for name, kind in (("seeds", "iu"), ("returns", "iuf")):
@@ -824,6 +825,8 @@ class Run:
             self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
+        if self.total and not self.step and self.updates == self.pretrain:
+            self.first_time = time.time()  # steps per second are those of play
 
     def report(self, last: bool = False) -> None:
         """Evaluate and write a row of metrics.csv; not after a signal. If one cuts it off, a resumed run does it first."""
@@ -1027,6 +1030,7 @@ def play(args: Args) -> None:
     args = replace(args, env_id=saved["env_id"])
     validate(args)
     start, frames, run_dir = time.time(), [] if args.capture_video else None, Path(args.evaluate).resolve().parent
+    check(frames is None or os.access(run_dir, os.W_OK), f"--capture-video: {run_dir} cannot be written to")
     returns = evaluate(network, args, device, None, frames)
     random = saved["random_return"] if np.isfinite(saved["random_return"]) else random_return(args)
     if frames:

@@ -513,7 +513,8 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, lo
     if "rewards" in data:
         check(data["rewards"].ndim == 1 and data["rewards"].dtype.kind in "biuf",
               f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected numbers")
-    recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else "unknown"
+    recorded = data["env_id"].reshape(-1)[0] if data["env_id"].size else "unknown"
+    recorded = recorded.decode(errors="replace") if isinstance(recorded, bytes) else str(recorded)
     check(env_name(recorded) in (env_name(args.env_id), "unknown"),
           f"{where}: recorded in {recorded}, and --env-id is {args.env_id}")
     if recorded.split(":")[-1] != args.env_id.split(":")[-1]:
@@ -562,7 +563,8 @@ def load_demonstrations(args: Args, obs_shape: tuple[int, ...], actor: Actor, de
     row, step = first_obs[place] + t, first_action[place] + t
     returns = np.nan
     if "rewards" in data:
-        returns = [data["rewards"][i : i + length].sum() for i, length in zip(first_action, lengths[chosen])]
+        rewards = data["rewards"].astype(np.float64)  # whatever they are stored in
+        returns = [rewards[i : i + length].sum() for i, length in zip(first_action, lengths[chosen])]
 
     def tensor(x, dtype=torch.float32):
         return torch.as_tensor(x, dtype=dtype, device=device)
@@ -860,6 +862,8 @@ class Run:
             self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
+        if self.total and not self.step and self.updates == self.pretrain:
+            self.first_time = time.time()  # steps per second are those of play
 
     def report(self, last: bool = False) -> None:
         """Evaluate and write a row of metrics.csv; not after a signal. If one cuts it off, a resumed run does it first."""
@@ -989,6 +993,9 @@ def train(args: Args) -> Path:
     if args.compile:
         check_compiler(device)
     envs = make_envs(args, args.num_envs)
+    if args.eval_every and envs.envs[0].spec.max_episode_steps is None:
+        print(f"warning: {args.env_id} is registered without max_episode_steps: an evaluation lasts until each of its "
+              "episodes ends", file=sys.stderr)
     if args.capture_video:
         make_envs(args, 1, "rgb_array").close()
     obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
@@ -1084,6 +1091,7 @@ def play(args: Args) -> None:
     args = replace(args, env_id=saved["env_id"])
     validate(args)
     start, frames, run_dir = time.time(), [] if args.capture_video else None, Path(args.evaluate).resolve().parent
+    check(frames is None or os.access(run_dir, os.W_OK), f"--capture-video: {run_dir} cannot be written to")
     returns = evaluate(actor, args, device, None, frames)
     random = saved["random_return"] if np.isfinite(saved["random_return"]) else random_return(args)
     if frames:

@@ -274,6 +274,9 @@ def env_spaces(args: Args) -> Spaces | None:
             raise
         print(f"warning: {error}; sizes are taken from the demonstrations", file=sys.stderr)
         return None
+    if args.eval_every and envs.envs[0].spec.max_episode_steps is None:
+        print(f"warning: {args.env_id} is registered without max_episode_steps: an evaluation lasts until each of its "
+              "episodes ends", file=sys.stderr)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     envs.close()
     if isinstance(action_space, gym.spaces.Discrete):
@@ -441,6 +444,11 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
     check(episodes and all(isinstance(getattr(e, name), np.ndarray) for e in episodes for name in names),
           f"--demos {dataset_id}: it holds no episodes, or some of their {', '.join(names)} are not plain arrays")
     arrays = {name: np.concatenate([getattr(e, name) for e in episodes]) for name in names}
+    match dataset.action_space:
+        case gym.spaces.Box(low=low, high=high):
+            arrays |= {"action_low": low, "action_high": high}
+        case gym.spaces.Discrete(n=n):
+            arrays |= {"num_actions": np.array(n)}
     return arrays | {"episode_lengths": np.array([len(e.actions) for e in episodes]),
                      "env_id": np.array(dataset.env_spec.id if dataset.env_spec else "unknown")}
 
@@ -512,7 +520,8 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args) ->
     if "rewards" in data:
         check(data["rewards"].ndim == 1 and data["rewards"].dtype.kind in "biuf",
               f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected numbers")
-    recorded = str(data["env_id"].reshape(-1)[0]) if data["env_id"].size else "unknown"
+    recorded = data["env_id"].reshape(-1)[0] if data["env_id"].size else "unknown"
+    recorded = recorded.decode(errors="replace") if isinstance(recorded, bytes) else str(recorded)
     data["env_id"] = recorded
     if args.env_id is not None:
         check(env_name(recorded) in (env_name(args.env_id), "unknown"),
@@ -617,7 +626,8 @@ def load_demonstrations(args: Args, spaces: Spaces | None, device) -> Demonstrat
     row, step = first_obs[place] + t, first_action[place] + t
     returns = np.nan
     if "rewards" in data:
-        returns = [data["rewards"][i : i + length].sum() for i, length in zip(first_action, lengths[used])]
+        rewards = data["rewards"].astype(np.float64)  # whatever they are stored in
+        returns = [rewards[i : i + length].sum() for i, length in zip(first_action, lengths[used])]
 
     def tensor(x, dtype=torch.float32):
         return torch.as_tensor(x, dtype=dtype, device=device)
@@ -982,6 +992,8 @@ class Run:
             self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
+        if self.total and not self.step and self.updates == self.pretrain:
+            self.first_time = time.time()  # steps per second are those of play
 
     def report(self, last: bool = False) -> None:
         """Evaluate and write a row of metrics.csv; not after a signal. If one cuts it off, a resumed run does it first."""
@@ -1184,6 +1196,7 @@ def play(args: Args) -> None:
     check(own == there or fewer,
           f"--evaluate {args.evaluate}: observations, actions and action dimensions {own}, {args.env_id} has {there}")
     start, frames, run_dir = time.time(), [] if args.capture_video else None, Path(args.evaluate).resolve().parent
+    check(frames is None or os.access(run_dir, os.W_OK), f"--capture-video: {run_dir} cannot be written to")
     returns = evaluate(network, actor, args, device, None, frames)
     random = saved["random_return"] if np.isfinite(saved["random_return"]) else random_return(args)
     if frames:

@@ -21,7 +21,7 @@ VERSIONS = {
     "QNetwork.forward": ("atari | continuous | discrete | ilo | offline", "Q(s, ·) or Q(s, a)"),
     "Demonstrations": ("atari | continuous | discrete | ilo | offline", "frames kept once; how often one ends; no actions; "
                        "held-out rows"),
-    "read_minari": ("atari continuous discrete offline | ilo", "actions are not read"),
+    "read_minari": ("atari continuous discrete | ilo | offline", "actions are not read; their space is"),
     "demonstrations_path": ("atari | continuous | discrete | ilo | offline", "grid, maze, two spellings of a game"),
     "read_demonstrations": ("atari continuous discrete ilo | offline", "sizes and bounds from the file"),
     "check_demonstrations": ("atari discrete | continuous | ilo | offline", "actions of real numbers, none, or either"),

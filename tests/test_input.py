@@ -24,6 +24,7 @@ from gymnasium.vector import AutoresetMode
 import iq_atari
 import iq_continuous
 import iq_discrete
+import iq_offline
 
 BREAKOUT = "BreakoutNoFrameskip-v4"
 ROOT = Path(__file__).resolve().parent.parent
@@ -616,7 +617,7 @@ def write_minari(dataset_id: str, data: dict, lengths=LENGTHS, **about) -> str:
     for i, length in enumerate(lengths):
         rows, steps = slice(first[i] + i, first[i] + i + length + 1), slice(first[i], first[i] + length)
         buffers.append(EpisodeBuffer(id=i, observations=list(data["observations"][rows]),
-                                     **{name: data[name][steps].tolist()
+                                     **{name: list(data[name][steps])
                                         for name in ("actions", "rewards", "terminations", "truncations")}))
     minari.create_dataset_from_buffers(
         dataset_id, buffers, algorithm_name="none", author="test", author_email="test@localhost",
@@ -712,6 +713,16 @@ def test_minari_with_observations_in_a_dictionary(minari_root, tmp_path, capsys)
         author_email="test@localhost", code_permalink="none", description="test",
         observation_space=gym.spaces.Dict(x=gym.spaces.Box(-9, 9, (4,), np.float32)))
     refused_demos(iq_discrete, capsys, tmp_path, "cartpole/dict-v0", "observations", "plain arrays")
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_minari_tells_the_action_space_that_no_environment_does(discrete, minari_root, capsys):
+    space = gym.spaces.Discrete(5) if discrete else gym.spaces.Box(-2, 3, (1,), np.float32)
+    data = edited(D, actions=D["actions"] if discrete else D["actions"][:, None].astype(np.float32))
+    dataset_id = write_minari("own/test-v0", data, action_space=space,
+                              observation_space=gym.spaces.Box(-99, 99, (4,), np.float32))
+    spaces = iq_offline.load_demonstrations(iq_offline.Args(demos=dataset_id, num_demos=0), None, "cpu").spaces
+    assert spaces[1:] == ((5, (), ()) if discrete else (0, (-2,), (3,))) and "warning" not in capsys.readouterr().err
 
 
 def test_minari_frames_for_atari(minari_root, tmp_path, capsys):

@@ -82,6 +82,18 @@ def test_the_tables_are_made_from_the_csv_files(name):
     assert module.table(rows) == (ROOT / "reproduce" / f"{name}.md").read_text()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "reproduce").glob("*.csv")), ids=lambda path: path.stem)
+def test_the_commits_of_the_rows_are_in_the_history(path):
+    def git(*command):
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+
+    if git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+        pytest.skip("no history here")
+    with open(path) as file:
+        named = {row["commit"] for row in csv.DictReader(file) if "commit" in row}
+    assert [name for name in named if git("merge-base", "--is-ancestor", name, "HEAD").returncode] == []
+
+
 def test_table_3_ran_with_the_settings_that_the_script_has_now():
     """The command of a row, read as the script reads it, is the plain `--env-id X` but for seed, place, device, readings."""
     import iq_continuous

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gymnasium.envs.classic_control import PendulumEnv
 from test_run import ROOT, clock_demos, frame_demos, pendulum_demos, rows
 
 import iq_atari
@@ -512,6 +513,29 @@ def test_steps_per_second_of_a_resumed_run_are_its_own(module, go, tmp_path, mon
     assert [(r["steps_per_second"], r["seconds"]) for r in last] == [("6.0", "10.0"), ("4.0", "20.0")]
 
 
+@pytest.mark.parametrize("module", [iq_discrete, iq_atari, iq_continuous])
+def test_steps_per_second_are_those_of_play(module, go, tmp_path, monkeypatch):
+    now, make_update = [1000.0], module.make_update
+    monkeypatch.setattr(module.time, "time", lambda: now.append(now.pop() + 1e-6) or now[0])
+
+    def slow(*parts):
+        """Every update takes a second; of two functions, the first is the clones'."""
+        made = make_update(*parts)
+        first, update = (made[:-1], made[-1]) if isinstance(made, tuple) else ((), made)
+
+        def one(*batch):
+            now[0] += 1
+            return update(*batch)
+
+        return (*first, one) if first else one
+
+    monkeypatch.setattr(module, "make_update", slow)
+    go(module, "--pretrain-updates 30 --total-timesteps 80 --updates-per-step 0.1")
+    last = rows(tmp_path / "run")[-1]
+    played = int(last["updates"]) - 30
+    assert played > 0 and float(last["steps_per_second"]) == pytest.approx(int(last["step"]) / played, abs=0.1)
+
+
 @pytest.mark.parametrize("module", ALL)
 def test_compile_that_cannot_work_is_bad_input(module, tmp_path, monkeypatch, capsys):
     def compile(*_):
@@ -572,7 +596,7 @@ class Sloppy(gym.Env):
 
 @pytest.mark.parametrize("module, continuous", [(iq_discrete, False), (iq_continuous, True), (iq_ilo, False), (iq_ilo, True),
                                                 (iq_offline, False), (iq_offline, True)])
-def test_an_environment_that_is_sloppy(module, continuous, tmp_path, monkeypatch):
+def test_an_environment_that_is_sloppy(module, continuous, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(gym.registry, "Sloppy-v0", gym.envs.registration.EnvSpec("Sloppy-v0", Sloppy))
     n, ends = 6, np.array([0, 0, 1] * 2, bool)
     actions = np.full((n, 1), 0.5, np.float32) if continuous else np.array([0, 1] * 3)
@@ -587,9 +611,49 @@ def test_an_environment_that_is_sloppy(module, continuous, tmp_path, monkeypatch
     monkeypatch.setattr(gym, "make_vec", lambda env, **k: make_vec(env, **k | kwargs))
     assert module.main(f"{where} {given} --out-dir {tmp_path} --run-name run".split()) == 0
     assert float(rows(tmp_path / "run")[-1]["eval_return_mean"]) == 3
+    assert capsys.readouterr().err.count("warning: Sloppy-v0 is registered without max_episode_steps") == 1
     if module is not iq_offline:
         stored = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["replay"]["storage"]
         assert (stored[2] == stored[0] + 1).all() and set(stored[2][:, 0].tolist()) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("module, env_id", [(iq_discrete, "GridWorld-v0"), (iq_ilo, "PointMaze-v0")])
+def test_environments_of_the_scripts_need_no_time_limit(module, env_id, tmp_path, capsys):
+    given = f"--env-id {env_id} --num-demos 2 --total-timesteps 3 --batch-size 4 --eval-episodes 1 --out-dir {tmp_path}"
+    assert module.main((given + " --reward-updates 2" * (module is iq_ilo)).split()) == 0
+    assert "max_episode_steps" not in capsys.readouterr().err
+
+
+def test_offline_models_act_within_the_environments_bounds(tmp_path, monkeypatch):
+    """Trained without bounds on actions that go beyond them, the model's own are theirs: what is played is clipped."""
+    played, step = [], PendulumEnv.step
+    monkeypatch.setattr(PendulumEnv, "step", lambda env, action: played.append(float(action[0])) or step(env, action))
+    with np.load(pendulum_demos(tmp_path / "pendulum.npz")) as file:
+        data = {name: file[name] for name in file.files if name not in ("env_id", "action_low", "action_high")}
+    actions = np.where(np.arange(len(data["actions"])) % 50, 7, -7)[:, None].astype(np.float32)
+    np.savez(tmp_path / "beyond.npz", **data | {"actions": actions}, env_id=np.array("unknown"))
+    given = f"--demos {tmp_path / 'beyond.npz'} --total-updates 60 --average-rate 0 --actor-lr 0.01 --hidden-size 8"
+    assert iq_offline.main(f"{given} --num-demos 0 --out-dir {tmp_path} --run-name run".split()) == 0
+    _, actor, saved = iq_offline.load_model(tmp_path / "run" / "model.pt")
+    assert actor.act(torch.zeros(1, 3)) > 2
+    model = tmp_path / "run" / "model.pt"
+    assert iq_offline.main(f"--evaluate {model} --env-id Pendulum-v1 --eval-episodes 1".split()) == 0
+    assert max(played) == 2 and min(played) >= -2
+
+
+@pytest.mark.parametrize("module", [iq_discrete, iq_continuous, iq_offline, iq_ilo])
+def test_rewards_of_little_precision_and_a_name_in_bytes(module, tmp_path):
+    path, n = tmp_path / "file.npz", 3000
+    np.savez(path, observations=np.zeros((n + 1, 3), np.float32), actions=np.zeros((n, 1), np.float32),
+             terminations=np.zeros(n, bool), truncations=np.zeros(n, bool), episode_lengths=np.array([n]),
+             rewards=np.full(n, 30, np.float16), env_id=np.bytes_("Pendulum-v1"))
+    if module is iq_discrete:
+        with np.load(path) as file:
+            np.savez(path, **{name: file[name] for name in file.files} | {"actions": np.zeros(n, int)})
+    args = module.Args(env_id="Pendulum-v1", demos=str(path), num_demos=1)
+    actor = iq_continuous.Actor((3,), [-2.0], [2.0], 8)
+    given = {iq_discrete: ((3,), 2), iq_continuous: ((3,), actor), iq_offline: (None,), iq_ilo: ((3,),)}[module]
+    assert module.load_demonstrations(args, *given, "cpu").expert_return == 30 * n  # float16 ends at 65,504
 
 
 def test_a_namesake_of_ones_own_has_its_own_random_return(monkeypatch):
