@@ -202,7 +202,8 @@ def make_envs(args: Args, num_envs: int) -> AtariVectorEnv:
     games = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
     game = games.get(env_name(args.env_id).lower())
     check(game is not None and re.search(r"-v\d+$", args.env_id) is not None,
-          f"--env-id {args.env_id}: no such game, expected XNoFrameskip-v4 or ALE/X-v5 with one of the emulator's")
+          f"--env-id {args.env_id}: no such game, expected XNoFrameskip-v4 or ALE/X-v5 with one of the emulator's; "
+          "other environments are for iq_discrete.py, with continuous actions iq_continuous.py")
     return AtariVectorEnv(game, num_envs, reward_clipping=False, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
@@ -539,7 +540,9 @@ class Replay:
         self.rings = torch.arange(num_envs, device=device)
 
     def start(self, rings: torch.Tensor, frame: torch.Tensor) -> None:
-        """Write the first frames `[n, 84, 84]` of episodes in those rings."""
+        """Write the first frames `[n, 84, 84]` of episodes in those rings, over those from which nothing was played."""
+        last = (self.written[rings] - 1) % self.frames.shape[1]
+        self.written[rings] -= ((self.written[rings] > 0) & (self.age[rings, last] == 0)).long()
         slot = self.written[rings] % self.frames.shape[1]
         self.frames[rings, slot], self.action[rings, slot], self.age[rings, slot] = frame, -1, 0
         self.written[rings] += 1
@@ -747,7 +750,12 @@ class Run:
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if args.eval_every else np.nan
         name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
-        self.open_directory(Path(args.out_dir) / name)
+        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.open_directory(Path(args.out_dir) / name)
+        except BaseException:
+            self.__exit__()
+            raise
         self.every = args.eval_every or max(1, (pretrain + total) // 20)  # steps between rows of metrics.csv
         self.returns, self.frames = None, [] if args.capture_video else None
         self.bar = tqdm(total=pretrain + total, initial=min(self.updates, pretrain) + self.step, unit="step",
@@ -771,7 +779,8 @@ class Run:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
                                f"({type(error).__name__})") from None
         else:
-            check(not os.path.exists(path), f"--run-name: {path} exists already; take another name, or --resume {path}")
+            check(not os.path.exists(path), f"--run-name: {path} exists already; take another name"
+                  + f", or --resume {path}" * (path / "checkpoint.pt").exists())
             try:
                 path.mkdir(parents=True)
             except OSError as error:
@@ -803,7 +812,6 @@ class Run:
         os.replace(path / "args.tmp", path / "args.json")  # the old one or the new one, whenever the process is killed
 
     def __enter__(self):
-        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
         if self.due and self.running():
             self.report()
 
@@ -815,13 +823,17 @@ class Run:
         self.signum = signum
         self.__exit__()
 
+    def ended(self) -> bool:
+        return self.updates >= self.pretrain and self.step >= self.total
+
     def running(self) -> bool:
-        return not self.signum and (self.updates < self.pretrain or self.step < self.total)
+        return not self.signum and not self.ended()
 
     def tick(self, clock: int, steps: int) -> None:
         """`clock` (steps; in pretraining updates) has grown by `steps`: move the bar, report and save where that is due."""
         self.bar.update(steps)
-        if clock % self.every < steps and self.running():  # it has passed a multiple
+        if clock % self.every < steps and not self.ended():  # it has passed a multiple
+            self.due = True
             self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
@@ -876,7 +888,9 @@ class Run:
 
     def finish(self, model: dict, fps: int) -> Path:
         """Save the model and the video, and print the last line; SystemExit where a signal stopped the run."""
+        self.bar.close()
         args, expert = self.args, self.demos.expert_return
+        called = sys.argv[0] if __name__ == "__main__" else f"{SCRIPT}.py"
         if args.save_model:
             about = {"temperature": args.temperature, "gamma": args.gamma, "args": asdict(args),
                      "expert_return": expert, "random_return": self.random}
@@ -889,8 +903,7 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         if self.signum:
-            script = sys.argv[0] if Path(sys.argv[0]).name == f"{SCRIPT}.py" else f"{SCRIPT}.py"
-            resume = shlex.join(["python", script, "--resume", str(self.dir)])
+            resume = shlex.join(["python", called, "--resume", str(self.dir)])
             print(f"stopped at step {self.step}; to continue: {resume}", flush=True)
             raise SystemExit(128 + self.signum)
         seconds = time.time() - self.start
@@ -1015,9 +1028,9 @@ def train(args: Args) -> Path:
             run.tick(run.step, args.num_envs) if playing else run.tick(run.updates, 1)
         run.report(last=True)
         run.save()
-    envs.close()
-    cloned = {"temperature": 1.0} if args.objective == "bc" else {}  # its policy is softmax(Q)
-    return run.finish({"network": policy.state_dict(), "sizes": policy.sizes} | cloned, fps=15)
+        envs.close()
+        cloned = {"temperature": 1.0} if args.objective == "bc" else {}  # its policy is softmax(Q)
+        return run.finish({"network": policy.state_dict(), "sizes": policy.sizes} | cloned, fps=15)
 
 
 def play(args: Args) -> None:
@@ -1054,4 +1067,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until a run has its own
     sys.exit(main())

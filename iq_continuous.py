@@ -109,7 +109,7 @@ class Args:
     chi2_alpha: float = 0.5  # of the χ² term, E[r²]/(4α) [α]
     chi2_rows: Literal["expert", "both"] = "both"  # rows that the χ² term averages over: expert's, or policy's too
     value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "v0_expert"  # V−γV': all | expert; (1−γ)V: s0 | expert
-    bound_targets: bool = True  # clip V(s') at ±4α/(1−γ) where χ² is on both halves; turn it off for a large temperature
+    bound_targets: bool = True  # clip a target's V(s') at ±4α/(1−γ) where χ² is on both halves; off for large temperatures
     target_rate: float = 0.005  # Polyak rate of the target critic for V(s')
     average_rate: float = 0.0005  # rate of a moving average of the weights, evaluated and saved in their place; 0: none
     cloning_weight: float = 0.0  # weight of cloning in the actor's loss, on expert rows
@@ -569,7 +569,7 @@ def load_demonstrations(args: Args, obs_shape: tuple[int, ...], actor: Actor, de
     def tensor(x, dtype=torch.float32):
         return torch.as_tensor(x, dtype=dtype, device=device)
 
-    actions = actor.from_env(tensor(data["actions"][step]))
+    actions = actor.from_env(tensor(data["actions"][step].astype(np.float32)))
     transitions = Batch(tensor(obs[row]), actions, tensor(obs[row + 1]),
                         tensor(data["terminations"][step].astype(np.float32)))
     print(f"loaded {len(chosen)} of {len(lengths)} episodes, {len(t)} of their {lengths[chosen].sum()} transitions, "
@@ -784,7 +784,12 @@ class Run:
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if args.eval_every else np.nan
         name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
-        self.open_directory(Path(args.out_dir) / name)
+        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.open_directory(Path(args.out_dir) / name)
+        except BaseException:
+            self.__exit__()
+            raise
         self.every = args.eval_every or max(1, (pretrain + total) // 20)  # steps between rows of metrics.csv
         self.returns, self.frames = None, [] if args.capture_video else None
         self.bar = tqdm(total=pretrain + total, initial=min(self.updates, pretrain) + self.step, unit="step",
@@ -808,7 +813,8 @@ class Run:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
                                f"({type(error).__name__})") from None
         else:
-            check(not os.path.exists(path), f"--run-name: {path} exists already; take another name, or --resume {path}")
+            check(not os.path.exists(path), f"--run-name: {path} exists already; take another name"
+                  + f", or --resume {path}" * (path / "checkpoint.pt").exists())
             try:
                 path.mkdir(parents=True)
             except OSError as error:
@@ -840,7 +846,6 @@ class Run:
         os.replace(path / "args.tmp", path / "args.json")  # the old one or the new one, whenever the process is killed
 
     def __enter__(self):
-        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
         if self.due and self.running():
             self.report()
 
@@ -852,13 +857,17 @@ class Run:
         self.signum = signum
         self.__exit__()
 
+    def ended(self) -> bool:
+        return self.updates >= self.pretrain and self.step >= self.total
+
     def running(self) -> bool:
-        return not self.signum and (self.updates < self.pretrain or self.step < self.total)
+        return not self.signum and not self.ended()
 
     def tick(self, clock: int, steps: int) -> None:
         """`clock` (steps; in pretraining updates) has grown by `steps`: move the bar, report and save where that is due."""
         self.bar.update(steps)
-        if clock % self.every < steps and self.running():  # it has passed a multiple
+        if clock % self.every < steps and not self.ended():  # it has passed a multiple
+            self.due = True
             self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
@@ -914,7 +923,9 @@ class Run:
 
     def finish(self, model: dict, fps: int) -> Path:
         """Save the model and the video, and print the last line; SystemExit where a signal stopped the run."""
+        self.bar.close()
         args, expert = self.args, self.demos.expert_return
+        called = sys.argv[0] if __name__ == "__main__" else f"{SCRIPT}.py"
         if args.save_model:
             about = {"temperature": args.temperature, "gamma": args.gamma, "args": asdict(args),
                      "expert_return": expert, "random_return": self.random}
@@ -927,8 +938,7 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         if self.signum:
-            script = sys.argv[0] if Path(sys.argv[0]).name == f"{SCRIPT}.py" else f"{SCRIPT}.py"
-            resume = shlex.join(["python", script, "--resume", str(self.dir)])
+            resume = shlex.join(["python", called, "--resume", str(self.dir)])
             print(f"stopped at step {self.step}; to continue: {resume}", flush=True)
             raise SystemExit(128 + self.signum)
         seconds = time.time() - self.start
@@ -1077,9 +1087,9 @@ def train(args: Args) -> Path:
             run.tick(run.step, args.num_envs) if playing else run.tick(run.updates, 1)
         run.report(last=True)
         run.save()
-    envs.close()
-    return run.finish({"actor": policy.state_dict(), "actor_sizes": policy.sizes, "critic": critic.state_dict(),
-                       "critic_sizes": critic.sizes}, envs.metadata.get("render_fps") or 30)
+        envs.close()
+        return run.finish({"actor": policy.state_dict(), "actor_sizes": policy.sizes, "critic": critic.state_dict(),
+                           "critic_sizes": critic.sizes}, envs.metadata.get("render_fps") or 30)
 
 
 def play(args: Args) -> None:
@@ -1115,4 +1125,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until a run has its own
     sys.exit(main())

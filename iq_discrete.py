@@ -97,7 +97,7 @@ class Args:
     chi2_alpha: float | None = None  # of the χ² term, E[r²]/(4α) [α] (default: 0.5 with chi2, else no χ² term)
     chi2_rows: Literal["expert", "both"] = "both"  # rows that the χ² term averages over: expert's, or policy's too
     value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "value"  # V−γV': all | expert; (1−γ)V: s0 | expert
-    absorbing: bool = False  # at a termination V(s') is an absorbing state's value, not 0 (only v0 forms with χ² on both)
+    absorbing: bool = False  # at a termination V(s') is an absorbing state's, not 0 (v0 forms, χ² on both, φ(r) = r)
     gradient_penalty: float = 10.0  # weight of the gradient penalty [λ], with w1 alone
     q_bound: float | None = None  # |Q| bounded by a tanh; 0 for none (default: 10 with tv, else none)
     target_rate: float = 0.0  # Polyak rate of a target network for V(s'); 0: none, V(s') has gradient
@@ -152,12 +152,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the environment's settings over the defaults; with `--resume`, over the stopped run's own.
 
     Raises:
-        BadInput: `--resume` with no run there, of another script, or with a setting that must not change.
+        BadInput: `--resume` with no run there, of another script, or with a setting that must not change; `--evaluate`
+            with no model there.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
-    if args.evaluate is not None:  # the environment is the model's own
-        return tyro.cli(Args, args=argv, default=replace(Args(), env_id=""))
+    if args.evaluate is not None:  # the environment is the model's own, and so are its switches
+        own = load_model(args.evaluate)[1]["args"]
+        switches = {name: own[name] for name in ("grid_size", *GRID_SWITCHES)}
+        return tyro.cli(Args, args=argv, default=replace(Args(), env_id="", **switches))
     if args.resume is None:
         settings = dict(SETTINGS.get(env_name(args.env_id), {}))
         if args.divergence != "chi2":  # without chi2 its term is added only for a given --chi2-alpha
@@ -860,7 +863,12 @@ class Run:
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if args.eval_every else np.nan
         name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
-        self.open_directory(Path(args.out_dir) / name)
+        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.open_directory(Path(args.out_dir) / name)
+        except BaseException:
+            self.__exit__()
+            raise
         self.every = args.eval_every or max(1, (pretrain + total) // 20)  # steps between rows of metrics.csv
         self.returns, self.frames = None, [] if args.capture_video else None
         self.bar = tqdm(total=pretrain + total, initial=min(self.updates, pretrain) + self.step, unit="step",
@@ -884,7 +892,8 @@ class Run:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
                                f"({type(error).__name__})") from None
         else:
-            check(not os.path.exists(path), f"--run-name: {path} exists already; take another name, or --resume {path}")
+            check(not os.path.exists(path), f"--run-name: {path} exists already; take another name"
+                  + f", or --resume {path}" * (path / "checkpoint.pt").exists())
             try:
                 path.mkdir(parents=True)
             except OSError as error:
@@ -916,7 +925,6 @@ class Run:
         os.replace(path / "args.tmp", path / "args.json")  # the old one or the new one, whenever the process is killed
 
     def __enter__(self):
-        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
         if self.due and self.running():
             self.report()
 
@@ -928,13 +936,17 @@ class Run:
         self.signum = signum
         self.__exit__()
 
+    def ended(self) -> bool:
+        return self.updates >= self.pretrain and self.step >= self.total
+
     def running(self) -> bool:
-        return not self.signum and (self.updates < self.pretrain or self.step < self.total)
+        return not self.signum and not self.ended()
 
     def tick(self, clock: int, steps: int) -> None:
         """`clock` (steps; in pretraining updates) has grown by `steps`: move the bar, report and save where that is due."""
         self.bar.update(steps)
-        if clock % self.every < steps and self.running():  # it has passed a multiple
+        if clock % self.every < steps and not self.ended():  # it has passed a multiple
+            self.due = True
             self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
@@ -989,7 +1001,9 @@ class Run:
 
     def finish(self, model: dict, fps: int) -> Path:
         """Save the model and the video, and print the last line; SystemExit where a signal stopped the run."""
+        self.bar.close()
         args, expert = self.args, self.demos.expert_return
+        called = sys.argv[0] if __name__ == "__main__" else f"{SCRIPT}.py"
         if args.save_model:
             about = {"temperature": args.temperature, "gamma": args.gamma, "args": asdict(args),
                      "expert_return": expert, "random_return": self.random}
@@ -1002,8 +1016,7 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         if self.signum:
-            script = sys.argv[0] if Path(sys.argv[0]).name == f"{SCRIPT}.py" else f"{SCRIPT}.py"
-            resume = shlex.join(["python", script, "--resume", str(self.dir)])
+            resume = shlex.join(["python", called, "--resume", str(self.dir)])
             print(f"stopped at step {self.step}; to continue: {resume}", flush=True)
             raise SystemExit(128 + self.signum)
         seconds = time.time() - self.start
@@ -1100,16 +1113,20 @@ def train(args: Args) -> Path:
     replay = Replay(args.buffer_size if total or args.resume else 1, fields, device)
     initial = Replay(10_000, [(obs_shape, torch.float32)], device)  # states that episodes start from
     initial.add(demos.initial_obs)
-    update, end_value = make_update(network, target, average, optimizer, n, args), torch.zeros((), device=device)
-    absorbing = (args.absorbing and demos.end_rate > 0 and args.value_loss.startswith("v0") and args.chi2_rows == "both"
-                 and (args.chi2_alpha or args.divergence == "chi2"))
+    update = make_update(network, target, average, optimizer, n, args)
+    absorbing = (args.absorbing and args.objective == "iq" and demos.end_rate > 0 and args.value_loss.startswith("v0")
+                 and args.chi2_rows == "both" and (args.divergence == "chi2" or args.chi2_alpha is not None)
+                 and args.divergence in ("chi2", "tv", "w1"))  # φ(r) = r
 
     def value_at_end() -> torch.Tensor:
-        return absorbing_value(demos.end_rate, replay.storage[3][: replay.written].mean(), args)
+        """0 without `--absorbing`; before play as if the policy were the expert, whose rows are all that is read then."""
+        ends = replay.storage[3][: replay.written] if replay.written else torch.full((1,), demos.end_rate, device=device)
+        return absorbing_value(demos.end_rate, ends.mean(), args) if absorbing else torch.zeros((), device=device)
 
     parts = {"network": network, "target": target, "average": average, "optimizer": optimizer, "replay": replay,
              "initial": initial}
     run = Run(args, device, demos, parts, policy, pretrain, total, f"{args.objective} {args.env_id}")
+    end_value = value_at_end()
     obs = torch.as_tensor(envs.reset(seed=args.seed + run.step)[0], dtype=torch.float32, device=device)
     initial.add(obs)
     with run, run.bar:
@@ -1142,11 +1159,10 @@ def train(args: Args) -> Path:
             run.tick(run.step, args.num_envs) if playing else run.tick(run.updates, 1)
         run.report(last=True)
         run.save()
-    envs.close()
-    cloned = {"temperature": 1.0} if args.objective == "bc" else {}  # its policy is softmax(Q)
-    model = {"network": policy.state_dict(), "sizes": policy.sizes,
-             "end_value": float(value_at_end()) if absorbing and replay.written else 0.0}
-    return run.finish(model | cloned, envs.metadata.get("render_fps") or 30)
+        envs.close()
+        cloned = {"temperature": 1.0} if args.objective == "bc" else {}  # its policy is softmax(Q)
+        model = {"network": policy.state_dict(), "sizes": policy.sizes, "end_value": float(value_at_end())}
+        return run.finish(model | cloned, envs.metadata.get("render_fps") or 30)
 
 
 def play(args: Args) -> None:
@@ -1157,9 +1173,7 @@ def play(args: Args) -> None:
           f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}: leave it out")
     for name in ("grid_size", *GRID_SWITCHES):
         own, given = saved["args"][name], getattr(args, name)
-        check(given in (getattr(Args(), name), own),
-              f"--{name.replace('_', '-')} {given}: the model in {args.evaluate} was trained with {own}")
-        args = replace(args, **{name: own})
+        check(given == own, f"--{name.replace('_', '-')} {given}: the model in {args.evaluate} was trained with {own}")
     args = replace(args, env_id=saved["env_id"])
     validate(args)
     start, frames, run_dir = time.time(), [] if args.capture_video else None, Path(args.evaluate).resolve().parent
@@ -1187,4 +1201,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until a run has its own
     sys.exit(main())

@@ -109,7 +109,7 @@ class Args:
     chi2_alpha: float = 0.5  # of the χ² term, E[r²]/(4α) [α]
     chi2_rows: Literal["expert", "both"] = "both"  # rows that the χ² term averages over: expert's, or policy's too
     value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "v0_expert"  # V−γV': all | expert; (1−γ)V: s0 | expert
-    bound_targets: bool = True  # clip V(s') at ±4α/(1−γ) where χ² is on both halves; turn it off for a large temperature
+    bound_targets: bool = True  # clip a target's V(s') at ±4α/(1−γ) where χ² is on both halves; off for large temperatures
     target_rate: float = 0.005  # Polyak rate of the target critic for V(s'); 0: none, V(s') has gradient
     average_rate: float = 0.0005  # rate of a moving average of the weights, evaluated and saved in their place; 0: none
     # The network
@@ -173,12 +173,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the environment's settings over the defaults; with `--resume`, over the stopped run's own.
 
     Raises:
-        BadInput: `--resume` with no run there, of another script, or with a setting that must not change.
+        BadInput: `--resume` with no run there, of another script, or with a setting that must not change; `--evaluate`
+            with no model there.
     """
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
-    if args.evaluate is not None:  # the environment is the model's own
-        return tyro.cli(Args, args=argv, default=replace(Args(), env_id=""))
+    if args.evaluate is not None:  # the environment is the model's own, and so are its switches
+        own = load_model(args.evaluate)[-1]["args"]
+        switches = {name: own[name] for name in MAZE_SWITCHES}
+        return tyro.cli(Args, args=argv, default=replace(Args(), env_id="", **switches))
     if args.resume is None:
         return tyro.cli(Args, args=argv, default=replace(Args(), **settings(args)))
     run_dir = Path(args.resume)
@@ -224,9 +227,11 @@ def validate(args: Args) -> None:
     check(not args.capture_video or args.evaluate or args.eval_every,
           "--capture-video: with --eval-every 0 there is no evaluation to record")
     check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
-    check((args.missing_action, args.value_loss) != ("policy", "value_expert"),
-          "--missing-action policy: with --value-loss value_expert expert rows alone are read, and actions of the policy "
-          "on them say nothing of the expert: take --value-loss value, v0 or v0_expert, or --missing-action idm")
+    expert_alone = args.value_loss == "value_expert" or (args.value_loss, args.chi2_rows) == ("v0_expert", "expert")
+    check(args.missing_action != "policy" or not expert_alone,
+          f"--missing-action policy: with --value-loss {args.value_loss} and --chi2-rows {args.chi2_rows} the policy's own "
+          "actions on expert rows say nothing of the expert: take --value-loss v0_expert with --chi2-rows both, or "
+          "--missing-action idm")
 
 
 def check_compiler(device) -> None:
@@ -1009,7 +1014,12 @@ class Run:
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if args.eval_every else np.nan
         name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
-        self.open_directory(Path(args.out_dir) / name)
+        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.open_directory(Path(args.out_dir) / name)
+        except BaseException:
+            self.__exit__()
+            raise
         self.every = args.eval_every or max(1, (pretrain + total) // 20)  # steps between rows of metrics.csv
         self.returns, self.frames = None, [] if args.capture_video else None
         self.bar = tqdm(total=pretrain + total, initial=min(self.updates, pretrain) + self.step, unit="step",
@@ -1033,7 +1043,8 @@ class Run:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
                                f"({type(error).__name__})") from None
         else:
-            check(not os.path.exists(path), f"--run-name: {path} exists already; take another name, or --resume {path}")
+            check(not os.path.exists(path), f"--run-name: {path} exists already; take another name"
+                  + f", or --resume {path}" * (path / "checkpoint.pt").exists())
             try:
                 path.mkdir(parents=True)
             except OSError as error:
@@ -1065,7 +1076,6 @@ class Run:
         os.replace(path / "args.tmp", path / "args.json")  # the old one or the new one, whenever the process is killed
 
     def __enter__(self):
-        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
         if self.due and self.running():
             self.report()
 
@@ -1077,13 +1087,17 @@ class Run:
         self.signum = signum
         self.__exit__()
 
+    def ended(self) -> bool:
+        return self.updates >= self.pretrain and self.step >= self.total
+
     def running(self) -> bool:
-        return not self.signum and (self.updates < self.pretrain or self.step < self.total)
+        return not self.signum and not self.ended()
 
     def tick(self, clock: int, steps: int) -> None:
         """`clock` (steps; in pretraining updates) has grown by `steps`: move the bar, report and save where that is due."""
         self.bar.update(steps)
-        if clock % self.every < steps and self.running():  # it has passed a multiple
+        if clock % self.every < steps and not self.ended():  # it has passed a multiple
+            self.due = True
             self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
@@ -1125,8 +1139,8 @@ class Run:
         """SystemExit 1 unless the last terms, the networks and `more` are finite."""
         parameters = [*self.parts["policy"].parameters(), *self.parts["critic"].parameters()]
         if not all(bool(torch.isfinite(x).all()) for x in (*self.terms.values(), *parameters, *more)):
-            print(f"{SCRIPT}.py: training is not finite after {self.updates} updates; a smaller --critic-lr or "
-                  f"--actor-lr helps; the last checkpoint in {self.dir}, if any, is kept", file=sys.stderr)
+            print(f"{SCRIPT}.py: training is not finite after {self.updates} updates; a smaller --critic-lr, "
+                  f"--actor-lr or --idm-lr helps; the last checkpoint in {self.dir}, if any, is kept", file=sys.stderr)
             raise SystemExit(1)
 
     def save(self) -> None:
@@ -1139,7 +1153,9 @@ class Run:
 
     def finish(self, model: dict, fps: int) -> Path:
         """Save the model and the video, and print the last line; SystemExit where a signal stopped the run."""
+        self.bar.close()
         args, expert = self.args, self.demos.expert_return
+        called = sys.argv[0] if __name__ == "__main__" else f"{SCRIPT}.py"
         if args.save_model:
             about = {"temperature": args.temperature, "gamma": args.gamma, "args": asdict(args),
                      "expert_return": expert, "random_return": self.random}
@@ -1152,8 +1168,7 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         if self.signum:
-            script = sys.argv[0] if Path(sys.argv[0]).name == f"{SCRIPT}.py" else f"{SCRIPT}.py"
-            resume = shlex.join(["python", script, "--resume", str(self.dir)])
+            resume = shlex.join(["python", called, "--resume", str(self.dir)])
             print(f"stopped at step {self.step}; to continue: {resume}", flush=True)
             raise SystemExit(128 + self.signum)
         seconds = time.time() - self.start
@@ -1354,10 +1369,10 @@ def train(args: Args) -> Path:
         run.save()
         fit = args.save_model and run.updates
         reward = fit_reward(judging, acting, idm, demos, replay, args, run) if fit else judging
-    envs.close()
-    model = {"policy": acting.state_dict(), "actor_sizes": None if discrete else acting.sizes,
-             "critic": judging.state_dict(), "critic_sizes": judging.sizes, "reward": reward.state_dict()}
-    return run.finish(model, envs.metadata.get("render_fps") or 30)
+        envs.close()
+        model = {"policy": acting.state_dict(), "actor_sizes": None if discrete else acting.sizes,
+                 "critic": judging.state_dict(), "critic_sizes": judging.sizes, "reward": reward.state_dict()}
+        return run.finish(model, envs.metadata.get("render_fps") or 30)
 
 
 def play(args: Args) -> None:
@@ -1368,9 +1383,7 @@ def play(args: Args) -> None:
           f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}: leave it out")
     for name in MAZE_SWITCHES:
         own, given = saved["args"][name], getattr(args, name)
-        check(given in (getattr(Args(), name), own),
-              f"--{name.replace('_', '-')} {given}: the model in {args.evaluate} was trained with {own}")
-        args = replace(args, **{name: own})
+        check(given == own, f"--{name.replace('_', '-')} {given}: the model in {args.evaluate} was trained with {own}")
     args = replace(args, env_id=saved["env_id"])
     validate(args)
     start, frames, run_dir = time.time(), [] if args.capture_video else None, Path(args.evaluate).resolve().parent
@@ -1398,4 +1411,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until a run has its own
     sys.exit(main())

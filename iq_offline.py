@@ -74,7 +74,7 @@ SETTINGS: dict[str, dict] = {
 @dataclass
 class Args:
     # The task
-    env_id: str | None = None  # where to evaluate, and whose bundled demonstrations to take; none is needed to train
+    env_id: str | None = None  # where to evaluate, whose demonstrations and settings to take (else settings of the file's)
     seed: int = 1  # of everything: demonstrations drawn, networks, evaluation
     total_updates: int = 10_000  # gradient updates
     # Demonstrations
@@ -143,6 +143,15 @@ def env_name(env_id: str) -> str:
     return re.split("[/:]", re.sub(r"-v\d+$", "", env_id))[-1]
 
 
+def recorded_in(path: str | None) -> str:
+    """The environment that an .npz file names; empty where it does not, or cannot be read: loading says what is wrong."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return str(file["env_id"].reshape(-1)[0])
+    except (*UNREADABLE, LookupError, TypeError, AttributeError):
+        return ""
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the environment's settings over the defaults; with `--resume`, over the stopped run's own.
 
@@ -152,7 +161,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
     if args.resume is None:
-        settings = dict(SETTINGS.get(env_name(args.env_id or ""), {}))
+        settings = dict(SETTINGS.get(env_name(args.env_id or recorded_in(args.demos)), {}))
+        if settings and args.env_id is None:
+            print(f"settings of {recorded_in(args.demos)}, in which {args.demos} was recorded", flush=True)
         if args.divergence != "chi2":  # without chi2 its term is added only for a given --chi2-alpha
             settings.pop("chi2_alpha", None)
         return tyro.cli(Args, args=argv, default=replace(Args(), **settings))
@@ -399,7 +410,7 @@ class Demonstrations(NamedTuple):
     env_id: str  # the environment they were recorded in
 
 
-OPTIONAL = ("rewards", "num_actions", "action_low", "action_high")
+SIZES = ("num_actions", "action_low", "action_high")  # read where no environment tells them
 UNREADABLE = (ValueError, OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
@@ -465,9 +476,9 @@ def demonstrations_path(args: Args) -> str:
     return str(path)
 
 
-def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str, np.ndarray]]:
-    """Where they came from, for messages, and the arrays of the first format whose first name is in the file, with
-    `OPTIONAL` ones if they are there beside observations. Raises BadInput (also for `dones` unexplained)."""
+def read_demonstrations(args: Args, optional: tuple[str, ...], *formats: list[str]) -> tuple[str, dict[str, np.ndarray]]:
+    """Where they came from, for messages, and the arrays of the first format whose first name is in the file, with the
+    `optional` ones if they are there beside observations. Raises BadInput (also for `dones` unexplained)."""
     path = demonstrations_path(args)
     where = f"--demos {path}"
     print(f"loading demonstrations from {path}", flush=True)
@@ -476,7 +487,7 @@ def read_demonstrations(args: Args, *formats: list[str]) -> tuple[str, dict[str,
     keys = read_npz(path)
     likely = max(formats, key=lambda names: len(keys.keys() & set(names)))
     names = next((names for names in formats if names[0] in keys), likely)
-    names = names + [name for name in OPTIONAL if name in keys and "observations" in names]
+    names = names + [name for name in optional if name in keys and "observations" in names]
     ends = {"terminations", "truncations"}
     if "dones" not in keys or ends <= keys.keys() or not ends <= set(names):
         return where, read_npz(path, names)
@@ -559,28 +570,24 @@ def find_spaces(where: str, data: dict[str, np.ndarray], spaces: Spaces | None) 
         found, expected = actions.dtype.kind == "f", spaces.num_actions == 0
         check(found == expected, f"{where}: actions are {actions.dtype}, "
               f"and the actions of --env-id are {'continuous' if expected else 'discrete'}")
+        data = data | dict(zip(SIZES, map(np.array, spaces[1:])))
     if actions.dtype.kind != "f":
         count = data.get("num_actions", int(actions.max()) + 1)
         check(actions.min() >= 0, f"{where}: actions from {actions.min()}, expected 0 or more")
         check(np.shape(count) == () and np.asarray(count).dtype.kind in "iu" and count > 0,
               f"{where}: num_actions of {np.asarray(count).dtype} and shape {np.shape(count)}, expected a whole number")
         check(count <= 65_536, f"{where}: {count} actions, expected 65,536 or fewer")
-        count = spaces.num_actions if spaces else int(count)
-        check((actions >= 0).all() and (actions < count).all(),
+        check((actions < count).all(),
               f"{where}: actions from {actions.min()} to {actions.max()}, expected 0 to {count - 1}")
-        return Spaces(obs_shape, count, (), ())
+        return Spaces(obs_shape, int(count), (), ())
     dim = actions.shape[1]
-    bounds = [data.get(name) for name in ("action_low", "action_high")]
-    for bound in bounds:
-        check(bound is None or bound.shape == (dim,) and bound.dtype.kind in "iuf" and not np.isnan(bound).any(),
-              f"{where}: action_low and action_high, expected {dim} numbers each")
     if spaces is not None:
         check(len(spaces.action_low) == dim,
               f"{where}: actions of {dim} dimensions, those of --env-id have {len(spaces.action_low)}")
-        for own, bound in zip(spaces[2:], bounds):
-            check(bound is None or np.allclose(own, bound),
-                  f"{where}: recorded with action bounds {bound}, those of --env-id are {own}")
-        bounds = list(map(np.array, spaces[2:]))
+    bounds = [data.get(name) for name in SIZES[1:]]
+    for bound in bounds:
+        check(bound is None or bound.shape == (dim,) and bound.dtype.kind in "iuf" and not np.isnan(bound).any(),
+              f"{where}: action_low and action_high, expected {dim} numbers each")
     low, high = (np.full(dim, sign * np.inf) if bound is None else bound for sign, bound in zip((-1, 1), bounds))
     unknown = ~((np.abs(low) < 1e30) & (np.abs(high) < 1e30))  # float32's limits stand for none, too
     if unknown.any():
@@ -603,7 +610,7 @@ def load_demonstrations(args: Args, spaces: Spaces | None, device) -> Demonstrat
         BadInput: whatever is wrong with the file, in the fields that are read.
     """
     names = ["observations", "actions", "terminations", "truncations", "episode_lengths", "env_id"]
-    where, data = read_demonstrations(args, names)
+    where, data = read_demonstrations(args, ("rewards",) if spaces else ("rewards", *SIZES), names)
     check_demonstrations(where, data, args)
     obs, lengths = data["observations"], data["episode_lengths"]
     check(obs.dtype.kind == "f" and obs.ndim > 1, f"{where}: observations are {obs.dtype} of shape {obs.shape}, expected "
@@ -638,7 +645,7 @@ def load_demonstrations(args: Args, spaces: Spaces | None, device) -> Demonstrat
             print(f"warning: {where}: the transitions used hold action {actions[0]} alone", file=sys.stderr)
     else:
         low, high = map(np.array, spaces[2:])
-        actions = tensor((2 * (data["actions"][step] - low) / (high - low) - 1).clip(-1, 1))
+        actions = tensor((2 * (data["actions"][step] - low) / (high - low) - 1).clip(-1, 1).astype(np.float32))
     rows = Batch(tensor(obs[row]), actions, tensor(obs[row + 1]), tensor(data["terminations"][step].astype(np.float32)))
     print(f"loaded {len(used)} of {len(lengths)} episodes, {train.sum()} of their {lengths[used].sum()} transitions, "
           f"{kept_out} episodes kept out, expert return {np.mean(returns):.1f} ± {np.std(returns):.1f}, device {device}",
@@ -914,7 +921,12 @@ class Run:
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if self.evaluated else np.nan
         name = args.run_name or f"{self.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
-        self.open_directory(Path(args.out_dir) / name)
+        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.open_directory(Path(args.out_dir) / name)
+        except BaseException:
+            self.__exit__()
+            raise
         self.every = args.eval_every or max(1, args.total_updates // 20)  # updates between rows of metrics.csv
         self.returns, self.frames = None, [] if args.capture_video else None
         self.bar = tqdm(total=self.pretrain, initial=self.updates, unit="update", disable=None,
@@ -938,7 +950,8 @@ class Run:
                 raise BadInput(f"--resume {path}: its checkpoint.pt is not one of this run "
                                f"({type(error).__name__})") from None
         else:
-            check(not os.path.exists(path), f"--run-name: {path} exists already; take another name, or --resume {path}")
+            check(not os.path.exists(path), f"--run-name: {path} exists already; take another name"
+                  + f", or --resume {path}" * (path / "checkpoint.pt").exists())
             try:
                 path.mkdir(parents=True)
             except OSError as error:
@@ -970,7 +983,6 @@ class Run:
         os.replace(path / "args.tmp", path / "args.json")  # the old one or the new one, whenever the process is killed
 
     def __enter__(self):
-        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
         if self.due and self.running():
             self.report()
 
@@ -982,13 +994,17 @@ class Run:
         self.signum = signum
         self.__exit__()
 
+    def ended(self) -> bool:
+        return self.updates >= self.pretrain and self.step >= self.total
+
     def running(self) -> bool:
-        return not self.signum and (self.updates < self.pretrain or self.step < self.total)
+        return not self.signum and not self.ended()
 
     def tick(self, clock: int, steps: int) -> None:
         """`clock` (steps; in pretraining updates) has grown by `steps`: move the bar, report and save where that is due."""
         self.bar.update(steps)
-        if clock % self.every < steps and self.running():  # it has passed a multiple
+        if clock % self.every < steps and not self.ended():  # it has passed a multiple
+            self.due = True
             self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
@@ -1047,7 +1063,9 @@ class Run:
 
     def finish(self, model: dict) -> Path:
         """Save the model and the video, and print the last line; SystemExit where a signal stopped the run."""
+        self.bar.close()
         args, expert = self.args, self.demos.expert_return
+        called = sys.argv[0] if __name__ == "__main__" else f"{SCRIPT}.py"
         if args.save_model:
             about = {"temperature": self.temperature, "gamma": args.gamma, "args": asdict(args),
                      "expert_return": expert, "random_return": self.random}
@@ -1060,14 +1078,13 @@ class Run:
         if self.wandb:
             self.wandb.finish()
         if self.signum:
-            script = sys.argv[0] if Path(sys.argv[0]).name == f"{SCRIPT}.py" else f"{SCRIPT}.py"
-            resume = shlex.join(["python", script, "--resume", str(self.dir)])
+            resume = shlex.join(["python", called, "--resume", str(self.dir)])
             print(f"stopped at update {self.updates}; to continue: {resume}", flush=True)
             raise SystemExit(128 + self.signum)
         if not self.evaluated and args.save_model:
             env_id = "ENVIRONMENT" if self.env_id == "unknown" else shlex.quote(self.env_id)
-            print(f"not evaluated; where the environment is installed: python {SCRIPT}.py --evaluate "
-                  f"{shlex.quote(str(self.dir / 'model.pt'))} --env-id {env_id}")
+            play = shlex.join(["python", called, "--evaluate", str(self.dir / "model.pt")])
+            print(f"not evaluated; where the environment is installed: {play} --env-id {env_id}")
         seconds = time.time() - self.start
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
         return self.dir
@@ -1177,8 +1194,8 @@ def train(args: Args) -> Path:
             run.tick(run.updates, 1)
         run.report(last=True)
         run.save()
-    return run.finish({"network": saved_network.state_dict(), "sizes": network.sizes,
-                       "actor": saved_actor and saved_actor.state_dict(), "actor_sizes": actor and actor.sizes})
+        return run.finish({"network": saved_network.state_dict(), "sizes": network.sizes,
+                           "actor": saved_actor and saved_actor.state_dict(), "actor_sizes": actor and actor.sizes})
 
 
 def play(args: Args) -> None:
@@ -1220,4 +1237,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until a run has its own
     sys.exit(main())

@@ -61,9 +61,9 @@ class FullReplay(iq_continuous.Replay):
 
 
 def loop_seconds(module, args, envs) -> float:
-    """Seconds for one update of `train(args)` with stubbed environments."""
+    """Seconds for one update of `train(args)` with stubbed environments, the last checkpoint not counted."""
     module.make_envs = lambda *_: envs
-    start, first = None, None
+    start, first, end = None, None, None
     make_update, count = module.make_update, [0]
 
     def counted(*parts):
@@ -71,11 +71,13 @@ def loop_seconds(module, args, envs) -> float:
         update = made[-1] if isinstance(made, tuple) else made
 
         def one(*batch):
-            nonlocal start, first
+            nonlocal start, first, end
             count[0] += 1
             if count[0] == 1 + (getattr(args, "pretrain_updates", 0) or 200) // 10:  # the first ones allocate
                 start, first = time.perf_counter(), count[0]
-            return update(*batch)
+            terms = update(*batch)
+            end = time.perf_counter()
+            return terms
 
         return (*made[:-1], one) if isinstance(made, tuple) else one
 
@@ -84,7 +86,7 @@ def loop_seconds(module, args, envs) -> float:
     try:
         with tempfile.TemporaryDirectory() as folder:
             module.train(module.replace(args, out_dir=folder))
-            return (time.perf_counter() - start) / (count[0] - first + 1)
+            return (end - start) / (count[0] - first + 1)
     finally:
         module.make_update = make_update
 

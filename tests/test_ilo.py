@@ -241,11 +241,12 @@ def test_each_way_to_name_the_action():
     assert set(replayed.tolist()) == {0, 2} and (replayed == 2).float().mean().item() == pytest.approx(0.75, abs=0.1)
 
 
-def test_policy_actions_with_the_expert_form_hold_no_signal_of_the_expert(tmp_path, capsys):
-    arguments = [*TINY, "--missing-action", "policy", "--value-loss", "value_expert", "--out-dir", str(tmp_path / "runs")]
-    assert iq_ilo.main(arguments) == 2
+@pytest.mark.parametrize("form", ["value_expert", "v0_expert"])
+def test_policy_actions_on_expert_rows_alone_hold_no_signal_of_the_expert(form, tmp_path, capsys):
+    flags = ["--missing-action", "policy", "--value-loss", form, "--chi2-rows", "expert", "--out-dir", str(tmp_path / "runs")]
+    assert iq_ilo.main([*TINY, *flags]) == 2
     err = capsys.readouterr().err
-    assert "--missing-action policy" in err and "value_expert" in err and len(err.splitlines()) == 1
+    assert "--missing-action policy" in err and form in err and len(err.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 
 

@@ -258,6 +258,15 @@ def test_a_stopped_run_leaves_a_checkpoint_and_says_how_to_go_on(command, tmp_pa
     assert iq_discrete.main([*words[1:], "--total-timesteps", str(step + 50)]) == 0
 
 
+def test_a_run_that_is_terminated_while_it_loads_exits_with_143(command):
+    process = subprocess.Popen([sys.executable, ROOT / "iq_discrete.py", *command("iq_discrete")], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert "loading" in process.stdout.readline()
+    process.terminate()
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "Traceback" not in err
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_evaluation_that_a_signal_cuts_off_is_made_on_resuming(script, command, tmp_path, monkeypatch):
     """No row is lost, and its losses are those of the update before; so is the last row's when that one is cut off."""
@@ -729,8 +738,9 @@ def test_the_absorbing_state_counts_the_ends_of_both_sides(command, left_only, t
     assert iq_discrete.main(command("iq_discrete", "--demos", left_only, "--num-demos", "0")) == 0
     with np.load(left_only) as file:
         assert {expert for expert, _ in rates} == {10 / file["episode_lengths"].sum()}
+    assert float(rates[0][1]) == pytest.approx(rates[0][0])  # before play
     terminated = torch.load(tmp_path / "run" / "checkpoint.pt")["replay"]["storage"][3]
-    assert 0 < terminated.mean() < 1 and rates[-1][1] == terminated.mean() and len(rates) == 300 + 1  # and for model.pt
+    assert 0 < terminated.mean() < 1 and rates[-1][1] == terminated.mean() and len(rates) == 1 + 300 + 1  # and for model.pt
     network, saved = iq_discrete.load_model(str(tmp_path / "run" / "model.pt"))
     assert saved["end_value"] == pytest.approx(float(absorbing_value(*rates[-1], iq_discrete.Args(**saved["args"]))))
     assert saved["end_value"] > 0
@@ -739,7 +749,9 @@ def test_the_absorbing_state_counts_the_ends_of_both_sides(command, left_only, t
 
 
 @pytest.mark.parametrize("ends, flags", [(False, ""), (True, "--value-loss value"), (True, "--chi2-rows expert"),
-                                         (True, "--divergence js --value-loss v0_expert")])
+                                         (True, "--divergence js --value-loss v0_expert"),
+                                         (True, "--divergence js --value-loss v0_expert --chi2-alpha 0.5"),
+                                         (True, "--objective bc")])
 def test_no_absorbing_state_where_it_is_not_defined(ends, flags, command, left_only, tmp_path):
     """Nor where the expert's episodes never end by themselves, as the bundled ones of CartPole."""
     demos = ["--demos", left_only] if ends else []

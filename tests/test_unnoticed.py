@@ -1,6 +1,8 @@
 """What would go wrong without a word: numbers that are reported, seeds, what losses and optimisers are given, statistics,
 what play stores. Each test failed on a script that was broken in one place and passed all the others."""
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -534,6 +536,108 @@ def test_steps_per_second_are_those_of_play(module, go, tmp_path, monkeypatch):
     last = rows(tmp_path / "run")[-1]
     played = int(last["updates"]) - 30
     assert played > 0 and float(last["steps_per_second"]) == pytest.approx(int(last["step"]) / played, abs=0.1)
+
+
+def resumed_after_a_signal(go, module, number: int, folder, flags: str = "") -> str:
+    """What a run that is sent signal `number` says; it leaves a checkpoint, from which it goes on to the end."""
+    with pytest.raises(SystemExit) as exit:
+        go(module, flags)
+    assert exit.value.code == 128 + number and (folder / "checkpoint.pt").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as before
+    assert module.main(["--resume", str(folder)]) == 0
+
+
+@pytest.mark.parametrize("module", ALL)
+@pytest.mark.parametrize("moment", ["begins", "ends"])
+def test_a_signal_when_a_run_begins_or_ends_says_how_to_go_on(module, moment, go, tmp_path, monkeypatch, capsys):
+    """Between the making of its directory and its first step; and after the last checkpoint, while its model is saved."""
+    copy, save, sent = shutil.copy, module.save_atomically, []
+
+    def send(now: bool):
+        if now and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    monkeypatch.setattr(module.shutil, "copy", lambda *given: (copy(*given), send(moment == "begins")))
+    monkeypatch.setattr(module, "save_atomically", lambda content, path: (
+        send(moment == "ends" and path.name == "model.pt"), save(content, path)))
+    resumed_after_a_signal(go, module, signal.SIGTERM, tmp_path / "run")
+    assert sent and f"to continue: python {module.SCRIPT}.py --resume {tmp_path / 'run'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_a_signal_just_before_an_evaluation_puts_it_off(module, go, tmp_path, monkeypatch):
+    flags = f"--eval-every {8 if module is iq_atari else 10}" + " --pretrain-updates 0" * (module is iq_atari)
+    monkeypatch.setattr(module, "evaluate", lambda *_: np.zeros(3))
+    go(module, flags, "whole")
+    tick, sent = module.Run.tick, []
+
+    def interrupted(run, clock, steps):
+        if clock % run.every < steps and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        tick(run, clock, steps)
+
+    monkeypatch.setattr(module.Run, "tick", interrupted)
+    resumed_after_a_signal(go, module, signal.SIGINT, tmp_path / "run", flags)
+    whole, cut = ([(r["step"], r["updates"]) for r in rows(tmp_path / name)] for name in ("whole", "run"))
+    assert sent and cut == whole
+
+
+def test_frames_from_which_nothing_was_played_are_written_over(go, tmp_path, monkeypatch):
+    """A run that is stopped in pretraining has them, once more each time; where all are drawn, one has action −1."""
+    replay, frame = iq_atari.Replay(40, 2, "cpu"), torch.ones(2, 84, 84).byte()
+    for i in range(4):
+        replay.start(replay.rings, i * frame)
+    replay.add(torch.tensor([3, 4]), 9 * frame, torch.zeros(2))
+    batch = replay.sample(64)
+    assert set(batch.action.tolist()) == {3, 4} and (batch.obs[:, -1] == 3).all() and (batch.next_obs[:, -1] == 9).all()
+    replay.start(torch.tensor([1]), 5 * frame[:1])  # after play the last frame stays, as the next observation
+    replay.add(torch.tensor([5, 6]), 7 * frame, torch.zeros(2))
+    assert replay.written.tolist() == [3, 4] and set(replay.sample(200).action.tolist()) == {3, 4, 5, 6}
+
+
+def test_a_given_switch_must_be_the_models_own(go, tmp_path, capsys):
+    go(iq_ilo, "--env-id PointMaze-v0 --num-demos 2 --barrier left --demos " + str(ROOT / "demos" / "PointMaze-v0.npz"))
+    model = str(tmp_path / "run" / "model.pt")
+    assert iq_ilo.main(["--evaluate", model, "--barrier", "right"]) == 2 and "--barrier" in capsys.readouterr().err
+    assert iq_ilo.main(["--evaluate", model, "--barrier", "left", "--eval-episodes", "1"]) == 0
+    go(iq_discrete, "--env-id GridWorld-v0 --num-demos 2 --random-walls", "grid")
+    model = str(tmp_path / "grid" / "model.pt")
+    assert iq_discrete.main(["--evaluate", model, "--no-random-walls"]) == 2 and "--random-walls" in capsys.readouterr().err
+    assert iq_discrete.main(["--evaluate", model, "--eval-episodes", "1"]) == 0
+
+
+def test_offline_settings_are_those_of_the_files_environment(tmp_path, capsys):
+    parse, file = iq_offline.parse_args, ROOT / "demos" / "Hopper-v5.npz"
+    named, told = parse(["--demos", str(file)]), parse(["--demos", str(file), "--env-id", "Hopper-v5"])
+    assert named.gamma == 0.97 and vars(named) | {"env_id": "Hopper-v5"} == vars(told)
+    assert "settings of Hopper-v5" in capsys.readouterr().out
+    assert parse(["--demos", str(file), "--gamma", "0.9"]).gamma == 0.9
+    for other in ("nowhere.npz", str(ROOT / "README.md"), "mujoco/hopper/expert-v0"):
+        assert vars(parse(["--demos", other])) == vars(iq_offline.Args(demos=other))
+    assert "settings" not in capsys.readouterr().out.split("\n", 1)[1]
+
+
+@pytest.mark.parametrize("env_id, odd", [("Pendulum-v1", {"action_low": np.array([-5.0])}),
+                                         ("Pendulum-v1", {"action_high": np.array([np.nan])}),
+                                         ("Pendulum-v1", {"num_actions": np.array([{}], dtype=object)}),
+                                         ("CartPole-v1", {"num_actions": np.array([2.0])})], ids=str)
+def test_where_an_environment_tells_sizes_the_files_are_not_read(env_id, odd, tmp_path):
+    with np.load(ROOT / "demos" / f"{env_id}.npz") as file:
+        np.savez(tmp_path / "odd.npz", **{name: file[name] for name in file.files} | odd)
+    args = iq_offline.Args(env_id=env_id, demos=str(tmp_path / "odd.npz"), eval_every=0)
+    spaces = iq_offline.env_spaces(args)
+    assert iq_offline.load_demonstrations(args, spaces, "cpu").spaces == spaces
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", np.longdouble, np.float16])
+def test_actions_of_any_floating_point_type(dtype, tmp_path):
+    with np.load(ROOT / "demos" / "Pendulum-v1.npz") as file:
+        data = {name: file[name] for name in file.files}
+    np.savez(tmp_path / "odd.npz", **data | {"actions": data["actions"].astype(dtype)})
+    for module, parts in ((iq_continuous, ((3,), iq_continuous.Actor((3,), [-2.0], [2.0], 8))), (iq_offline, (None,))):
+        one, other = (module.load_demonstrations(module.Args(env_id="Pendulum-v1", demos=str(path)), *parts, "cpu")
+                      for path in (tmp_path / "odd.npz", ROOT / "demos" / "Pendulum-v1.npz"))
+        torch.testing.assert_close(one.transitions.action, other.transitions.action, atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("module", ALL)
