@@ -243,8 +243,8 @@ def test_each_way_to_name_the_action():
 
 @pytest.mark.parametrize("form", ["value_expert", "v0_expert"])
 def test_policy_actions_on_expert_rows_alone_hold_no_signal_of_the_expert(form, tmp_path, capsys):
-    flags = ["--missing-action", "policy", "--value-loss", form, "--chi2-rows", "expert", "--out-dir", str(tmp_path / "runs")]
-    assert iq_ilo.main([*TINY, *flags]) == 2
+    flags = f"--missing-action policy --value-loss {form} --chi2-rows expert --out-dir {tmp_path / 'runs'}"
+    assert iq_ilo.main([*TINY, *flags.split()]) == 2
     err = capsys.readouterr().err
     assert "--missing-action policy" in err and form in err and len(err.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
