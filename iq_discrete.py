@@ -32,6 +32,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import sys
 import time
 import zipfile
@@ -422,7 +423,7 @@ class Demonstrations(NamedTuple):
     end_rate: float  # share of their transitions, before subsampling, that ended an episode by themselves
 
 
-UNREADABLE = (ValueError, OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (ValueError, OSError, EOFError, MemoryError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
 
 
 def read_npz(path: str, names: list[str] | None = None) -> dict[str, np.ndarray]:
@@ -859,7 +860,7 @@ class Run:
     def __init__(self, args: Args, device, demos, parts: dict, policy, pretrain: int, total: int, label: str):
         self.args, self.device, self.demos, self.policy = args, device, demos, policy
         self.pretrain, self.total, self.signum = pretrain, total, 0
-        self.terms, self.due = {}, False  # what the last update logged; whether a signal cut a report off
+        self.terms, self.due = {}, False  # what the last update logged; whether a report is still to be made
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if args.eval_every else np.nan
         name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
@@ -945,16 +946,17 @@ class Run:
     def tick(self, clock: int, steps: int) -> None:
         """`clock` (steps; in pretraining updates) has grown by `steps`: move the bar, report and save where that is due."""
         self.bar.update(steps)
-        if clock % self.every < steps and not self.ended():  # it has passed a multiple
+        if clock % self.every < steps:  # it has passed a multiple
             self.due = True
-            self.report()
+            if not self.ended():
+                self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
         if self.total and not self.step and self.updates == self.pretrain:
             self.first_time = time.time()  # steps per second are those of play
 
     def report(self, last: bool = False) -> None:
-        """Evaluate and write a row of metrics.csv; not after a signal. If one cuts it off, a resumed run does it first."""
+        """Evaluate and write a row of metrics.csv; not after a signal: a resumed run makes up for one that was due."""
         self.check_finite()
         if self.signum:
             return
@@ -968,7 +970,7 @@ class Run:
         count, first = (step, self.first_step) if step else (updates, self.first_updates)  # before play: updates
         row = {"step": step, "updates": updates, "eval_return_mean": round(float(mean), 4),
                "eval_return_std": round(float(std), 4),
-               "steps_per_second": round((count - first) / (now - self.first_time), 1),
+               "steps_per_second": round((count - first) / (now - self.first_time), 1) if count > first else np.nan,
                "seconds": round(now - self.start, 1)} | {name: float(term.mean()) for name, term in self.terms.items()}
         self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
         names = dict.fromkeys(name for r in self.rows for name in r)
@@ -1126,10 +1128,10 @@ def train(args: Args) -> Path:
     parts = {"network": network, "target": target, "average": average, "optimizer": optimizer, "replay": replay,
              "initial": initial}
     run = Run(args, device, demos, parts, policy, pretrain, total, f"{args.objective} {args.env_id}")
-    end_value = value_at_end()
-    obs = torch.as_tensor(envs.reset(seed=args.seed + run.step)[0], dtype=torch.float32, device=device)
-    initial.add(obs)
     with run, run.bar:
+        end_value = value_at_end()
+        obs = torch.as_tensor(envs.reset(seed=args.seed + run.step)[0], dtype=torch.float32, device=device)
+        initial.add(obs)
         while run.running():
             playing = run.updates >= pretrain
             if playing:  # one step in each environment

@@ -34,6 +34,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import sys
 import time
 import zipfile
@@ -227,7 +228,7 @@ def validate(args: Args) -> None:
     check(not args.capture_video or args.evaluate or args.eval_every,
           "--capture-video: with --eval-every 0 there is no evaluation to record")
     check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
-    expert_alone = args.value_loss == "value_expert" or (args.value_loss, args.chi2_rows) == ("v0_expert", "expert")
+    expert_alone = args.value_loss == "value_expert" or args.value_loss != "value" and args.chi2_rows == "expert"
     check(args.missing_action != "policy" or not expert_alone,
           f"--missing-action policy: with --value-loss {args.value_loss} and --chi2-rows {args.chi2_rows} the policy's own "
           "actions on expert rows say nothing of the expert: take --value-loss v0_expert with --chi2-rows both, or "
@@ -607,7 +608,7 @@ class Demonstrations(NamedTuple):
     expert_return: float  # mean return of the trajectories used; NaN without rewards in the file
 
 
-UNREADABLE = (ValueError, OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (ValueError, OSError, EOFError, MemoryError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
 
 
 def read_npz(path: str, names: list[str] | None = None) -> dict[str, np.ndarray]:
@@ -1010,7 +1011,7 @@ class Run:
     def __init__(self, args: Args, device, demos, parts: dict, policy, pretrain: int, total: int, label: str):
         self.args, self.device, self.demos, self.policy = args, device, demos, policy
         self.pretrain, self.total, self.signum = pretrain, total, 0
-        self.terms, self.due = {}, False  # what the last update logged; whether a signal cut a report off
+        self.terms, self.due = {}, False  # what the last update logged; whether a report is still to be made
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if args.eval_every else np.nan
         name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
@@ -1096,16 +1097,17 @@ class Run:
     def tick(self, clock: int, steps: int) -> None:
         """`clock` (steps; in pretraining updates) has grown by `steps`: move the bar, report and save where that is due."""
         self.bar.update(steps)
-        if clock % self.every < steps and not self.ended():  # it has passed a multiple
+        if clock % self.every < steps:  # it has passed a multiple
             self.due = True
-            self.report()
+            if not self.ended():
+                self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
         if self.total and not self.step and self.updates == self.pretrain:
             self.first_time = time.time()  # steps per second are those of play
 
     def report(self, last: bool = False) -> None:
-        """Evaluate and write a row of metrics.csv; not after a signal. If one cuts it off, a resumed run does it first."""
+        """Evaluate and write a row of metrics.csv; not after a signal: a resumed run makes up for one that was due."""
         self.check_finite()
         if self.signum:
             return
@@ -1119,7 +1121,7 @@ class Run:
         count, first = (step, self.first_step) if step else (updates, self.first_updates)  # before play: updates
         row = {"step": step, "updates": updates, "eval_return_mean": round(float(mean), 4),
                "eval_return_std": round(float(std), 4),
-               "steps_per_second": round((count - first) / (now - self.first_time), 1),
+               "steps_per_second": round((count - first) / (now - self.first_time), 1) if count > first else np.nan,
                "seconds": round(now - self.start, 1)} | {name: float(term.mean()) for name, term in self.terms.items()}
         self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
         names = dict.fromkeys(name for r in self.rows for name in r)
@@ -1335,9 +1337,9 @@ def train(args: Args) -> Path:
              "idm": idm, "replay": replay, "initial": initial}
     parts |= {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     run = Run(args, device, demos, parts, acting, 0, total, f"{args.missing_action} {args.env_id}")
-    obs = torch.as_tensor(envs.reset(seed=args.seed + run.step)[0], dtype=torch.float32, device=device)
-    initial.add(obs)
     with run, run.bar:
+        obs = torch.as_tensor(envs.reset(seed=args.seed + run.step)[0], dtype=torch.float32, device=device)
+        initial.add(obs)
         while run.running():
             with torch.no_grad():  # one step in each environment
                 action = policy.uniform(args.num_envs) if run.step < starts else policy.sample(obs, args.temperature)

@@ -31,6 +31,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import sys
 import time
 import zipfile
@@ -147,7 +148,8 @@ def recorded_in(path: str | None) -> str:
     """The environment that an .npz file names; empty where it does not, or cannot be read: loading says what is wrong."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return str(file["env_id"].reshape(-1)[0])
+            name = file["env_id"].reshape(-1)[0]
+            return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
     except (*UNREADABLE, LookupError, TypeError, AttributeError):
         return ""
 
@@ -161,9 +163,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
     if args.resume is None:
-        settings = dict(SETTINGS.get(env_name(args.env_id or recorded_in(args.demos)), {}))
+        env_id = args.env_id or recorded_in(args.demos)
+        settings = dict(SETTINGS.get(env_name(env_id), {}))
         if settings and args.env_id is None:
-            print(f"settings of {recorded_in(args.demos)}, in which {args.demos} was recorded", flush=True)
+            print(f"settings of {env_id}, in which {args.demos} was recorded", flush=True)
         if args.divergence != "chi2":  # without chi2 its term is added only for a given --chi2-alpha
             settings.pop("chi2_alpha", None)
         return tyro.cli(Args, args=argv, default=replace(Args(), **settings))
@@ -411,7 +414,7 @@ class Demonstrations(NamedTuple):
 
 
 SIZES = ("num_actions", "action_low", "action_high")  # read where no environment tells them
-UNREADABLE = (ValueError, OSError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (ValueError, OSError, EOFError, MemoryError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error)
 
 
 def read_npz(path: str, names: list[str] | None = None) -> dict[str, np.ndarray]:
@@ -458,8 +461,8 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
     match dataset.action_space:
         case gym.spaces.Box(low=low, high=high):
             arrays |= {"action_low": low, "action_high": high}
-        case gym.spaces.Discrete(n=n):
-            arrays |= {"num_actions": np.array(n)}
+        case gym.spaces.Discrete(n=n, start=start):
+            arrays |= {"num_actions": np.array(start + n)}
     return arrays | {"episode_lengths": np.array([len(e.actions) for e in episodes]),
                      "env_id": np.array(dataset.env_spec.id if dataset.env_spec else "unknown")}
 
@@ -909,15 +912,15 @@ def save_atomically(content: dict, path: Path) -> None:
 
 
 class Run:
-    """A run's directory, counters, rows and checkpoints. Within `with`, SIGINT and SIGTERM only set `signum`, which the
-    loop reads between two updates; a second one acts at once."""
+    """A run's directory, counters, rows and checkpoints. From its creation to the end of `with`, SIGINT and SIGTERM only
+    set `signum`, which the loop reads between two updates; a second one acts at once."""
 
     def __init__(self, args: Args, device, demos, parts: dict, policy: tuple):
         self.args, self.device, self.demos, self.policy = args, device, demos, policy
         self.pretrain, self.total, self.signum = args.total_updates, 0, 0  # all of it is on demonstrations alone
         self.env_id, self.evaluated = args.env_id or demos.env_id, args.env_id is not None and args.eval_every > 0
         self.temperature = 1.0 if args.objective == "bc" else args.temperature  # of the policy that is learned
-        self.terms, self.due = {}, False  # what the last update logged; whether a signal cut a report off
+        self.terms, self.due = {}, False  # what the last update logged; whether a report is still to be made
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if self.evaluated else np.nan
         name = args.run_name or f"{self.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
@@ -1003,16 +1006,17 @@ class Run:
     def tick(self, clock: int, steps: int) -> None:
         """`clock` (steps; in pretraining updates) has grown by `steps`: move the bar, report and save where that is due."""
         self.bar.update(steps)
-        if clock % self.every < steps and not self.ended():  # it has passed a multiple
+        if clock % self.every < steps:  # it has passed a multiple
             self.due = True
-            self.report()
+            if not self.ended():
+                self.report()
         if self.args.checkpoint_every and clock % self.args.checkpoint_every < steps:
             self.save()
         if self.total and not self.step and self.updates == self.pretrain:
             self.first_time = time.time()  # steps per second are those of play
 
     def report(self, last: bool = False) -> None:
-        """Evaluate and write a row of metrics.csv; not after a signal. If one cuts it off, a resumed run does it first."""
+        """Evaluate and write a row of metrics.csv; not after a signal: a resumed run makes up for one that was due."""
         self.check_finite()
         if self.signum:
             return
@@ -1025,9 +1029,10 @@ class Run:
         terms = {name: float(term.mean()) for name, term in (self.terms | held).items()}
         updates, now = self.updates, time.time()
         mean, std = (self.returns.mean(), self.returns.std()) if self.returns is not None else (np.nan, np.nan)
+        pace = (updates - self.first_updates) / (now - self.first_time) if updates > self.first_updates else np.nan
         row = {"step": 0, "updates": updates, "eval_return_mean": round(float(mean), 4),
                "eval_return_std": round(float(std), 4),
-               "steps_per_second": round((updates - self.first_updates) / (now - self.first_time), 1),
+               "steps_per_second": round(pace, 1),
                "seconds": round(now - self.start, 1)} | terms
         self.rows = [old for old in self.rows if int(old["updates"]) < updates] + [row]
         names = dict.fromkeys(name for r in self.rows for name in r)
@@ -1083,8 +1088,8 @@ class Run:
             raise SystemExit(128 + self.signum)
         if not self.evaluated and args.save_model:
             env_id = "ENVIRONMENT" if self.env_id == "unknown" else shlex.quote(self.env_id)
-            play = shlex.join(["python", called, "--evaluate", str(self.dir / "model.pt")])
-            print(f"not evaluated; where the environment is installed: {play} --env-id {env_id}")
+            command = shlex.join(["python", called, "--evaluate", str(self.dir / "model.pt")])
+            print(f"not evaluated; where the environment is installed: {command} --env-id {env_id}")
         seconds = time.time() - self.start
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
         return self.dir

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from common import ROOT, keep_curve, mean_sd, run_all, write_rows
+from common import ROOT, code_commit, keep_curve, mean_sd, run_all, write_rows
 
 sys.path.insert(0, str(ROOT))
 import iq_atari
@@ -66,7 +66,7 @@ def main(cores: tuple[int, ...] = (0, 1), seeds: tuple[int, ...] = (106, 107, 10
     if not any(row["method"] == "random" for row in rows):
         returns = iq_atari.evaluate(None, iq_atari.Args(eval_episodes=100), "cpu")
         rows.append({"method": "random", "seed": "0 to 99", "eval_return": round(returns.mean(), 4),
-                     "std": round(returns.std(), 4), "episodes": len(returns), "commit": rows[0]["commit"],
+                     "std": round(returns.std(), 4), "episodes": len(returns), "commit": code_commit(),
                      "command": "python reproduce/pong.py"})
         write_rows(FOLDER / "pong.csv", rows)
     (FOLDER / "pong.md").write_text(table(rows))

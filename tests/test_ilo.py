@@ -241,7 +241,7 @@ def test_each_way_to_name_the_action():
     assert set(replayed.tolist()) == {0, 2} and (replayed == 2).float().mean().item() == pytest.approx(0.75, abs=0.1)
 
 
-@pytest.mark.parametrize("form", ["value_expert", "v0_expert"])
+@pytest.mark.parametrize("form", ["value_expert", "v0_expert", "v0"])
 def test_policy_actions_on_expert_rows_alone_hold_no_signal_of_the_expert(form, tmp_path, capsys):
     flags = f"--missing-action policy --value-loss {form} --chi2-rows expert --out-dir {tmp_path / 'runs'}"
     assert iq_ilo.main([*TINY, *flags.split()]) == 2

@@ -538,8 +538,8 @@ def test_steps_per_second_are_those_of_play(module, go, tmp_path, monkeypatch):
     assert played > 0 and float(last["steps_per_second"]) == pytest.approx(int(last["step"]) / played, abs=0.1)
 
 
-def resumed_after_a_signal(go, module, number: int, folder, flags: str = "") -> str:
-    """What a run that is sent signal `number` says; it leaves a checkpoint, from which it goes on to the end."""
+def resumed_after_a_signal(go, module, number: int, folder, flags: str = "") -> None:
+    """A run that is sent signal `number` exits so and leaves a checkpoint, from which it goes on to the end."""
     with pytest.raises(SystemExit) as exit:
         go(module, flags)
     assert exit.value.code == 128 + number and (folder / "checkpoint.pt").exists()
@@ -582,6 +582,24 @@ def test_a_signal_just_before_an_evaluation_puts_it_off(module, go, tmp_path, mo
     assert sent and cut == whole
 
 
+@pytest.mark.parametrize("module", [iq_discrete, iq_offline])
+def test_a_signal_in_the_last_step_takes_no_row_from_a_run_that_goes_on(module, go, tmp_path, monkeypatch):
+    length = "--total-updates" if module is iq_offline else "--total-timesteps"
+    tick = module.Run.tick
+
+    def interrupted(run, clock, steps):
+        if clock == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        tick(run, clock, steps)
+
+    monkeypatch.setattr(module.Run, "tick", interrupted)
+    monkeypatch.setattr(module, "evaluate", lambda *_: np.zeros(3))
+    with pytest.raises(SystemExit):
+        go(module, f"{length} 20 --eval-every 10")
+    assert module.main(["--resume", str(tmp_path / "run"), length, "40"]) == 0
+    assert [r["updates"] for r in rows(tmp_path / "run")] == ["10", "20", "30", "40"]
+
+
 def test_frames_from_which_nothing_was_played_are_written_over(go, tmp_path, monkeypatch):
     """A run that is stopped in pretraining has them, once more each time; where all are drawn, one has action −1."""
     replay, frame = iq_atari.Replay(40, 2, "cpu"), torch.ones(2, 84, 84).byte()
@@ -593,6 +611,10 @@ def test_frames_from_which_nothing_was_played_are_written_over(go, tmp_path, mon
     replay.start(torch.tensor([1]), 5 * frame[:1])  # after play the last frame stays, as the next observation
     replay.add(torch.tensor([5, 6]), 7 * frame, torch.zeros(2))
     assert replay.written.tolist() == [3, 4] and set(replay.sample(200).action.tolist()) == {3, 4, 5, 6}
+    for _ in range(6):  # stopped after each step
+        replay.start(replay.rings, frame)
+        replay.add(torch.tensor([7, 8]), frame, torch.zeros(2))
+    assert min(int(replay.sample(8).action.min()) for _ in range(200)) >= 3
 
 
 def test_a_given_switch_must_be_the_models_own(go, tmp_path, capsys):
