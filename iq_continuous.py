@@ -1127,5 +1127,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until a run has its own
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # until a run has a handler of its own
     sys.exit(main())
