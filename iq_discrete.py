@@ -678,7 +678,7 @@ def phi(divergence: str, r: torch.Tensor) -> torch.Tensor:
 
 
 def absorbing_value(expert_rate, policy_rate, args: Args):
-    """V of the absorbing state that follows an episode's own end, for the v0 forms with χ².
+    """V of the absorbing state that follows an episode's own end, for the v0 forms with χ² where φ(r) = r.
 
     Without its second term the loss is least at r = 4α·ρ_expert/(ρ_expert + ρ_policy): 0 where only the policy goes, 4α
     where only the expert does. In the absorbing state ρ is the share of transitions that lead there, and r repeats for
