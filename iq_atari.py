@@ -871,7 +871,7 @@ class Run:
         os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
         self.due = False
         if self.wandb:
-            self.wandb.log(row, step=updates)
+            self.wandb.log(row, step=min(updates, self.pretrain) + step)  # one that grows from row to row
         if self.returns is not None:
             self.bar.set_postfix(eval_return=f"{mean:.1f}")
             self.bar.write(f"step {step}, update {updates}: eval_return {mean:.1f} ± {std:.1f}")

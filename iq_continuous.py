@@ -112,7 +112,7 @@ class Args:
     value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "v0_expert"  # V−γV': all | expert; (1−γ)V: s0 | expert
     bound_targets: bool = True  # clip a target's V(s') at ±4α/(1−γ) where χ² is on both halves; off for large temperatures
     target_rate: float = 0.005  # Polyak rate of the target critic for V(s')
-    average_rate: float = 0.0005  # rate of a moving average of the weights, evaluated and saved in their place; 0: none
+    average_rate: float = 0.0005  # rate of a moving average of the actor, evaluated and saved in its place; 0: none
     cloning_weight: float = 0.0  # weight of cloning in the actor's loss, on expert rows
     cloning_steps: int = 50_000  # steps over which that weight fades to zero
     # The network
@@ -170,6 +170,13 @@ def preset(args: Args) -> dict:
     return SETTINGS.get(name, {}) if args.preset == "ours" else PAPER | PAPER_SETTINGS.get(name, {})
 
 
+def start_within(args: Args) -> Args:
+    """`--learning-starts` cut to a tenth of the run, so that a short one trains too."""
+    if not args.total_timesteps:
+        return args
+    return replace(args, learning_starts=max(1, min(args.learning_starts, args.total_timesteps // 10)))
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the environment's settings over the defaults; with `--resume`, over the stopped run's own.
 
@@ -197,11 +204,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         args = replace(args, out_dir=stored.out_dir, run_name=stored.run_name)
     if args.demos and os.path.abspath(args.demos) == stored.demos:
         args = replace(args, demos=stored.demos)
+    began = start_within(replace(args, total_timesteps=stored.total_timesteps)).learning_starts
+    if began == stored.learning_starts:  # the flag as it was given then
+        args = replace(args, learning_starts=began)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
               f"--{name.replace('_', '-')} {value}: the run in {run_dir} has {old}, and a resumed run keeps it")
-    return args
+    return args if stored.total_timesteps else start_within(args)  # it has not played yet
 
 
 def validate(args: Args) -> None:
@@ -239,14 +249,14 @@ def check_compiler(device) -> None:
 # ---------------------------------------------------------------------------------------- Environment
 class Plain(gym.Wrapper):
     """Observations as copies, since an environment may write the next one over the last, actions in the space's own dtype,
-    and no infos, which a vector environment would have to stack."""
+    rewards as numbers, also where they are arrays of one, and no infos, which a vector environment would have to stack."""
 
     def reset(self, **options):
         return np.array(self.env.reset(**options)[0]), {}
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(np.asarray(action, self.env.action_space.dtype)[()])
-        return np.array(obs), reward, terminated, truncated, {}
+        return np.array(obs), np.asarray(reward).item(), terminated, truncated, {}
 
 
 def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
@@ -902,7 +912,7 @@ class Run:
         os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
         self.due = False
         if self.wandb:
-            self.wandb.log(row, step=updates)
+            self.wandb.log(row, step=min(updates, self.pretrain) + step)  # one that grows from row to row
         if self.returns is not None:
             self.bar.set_postfix(eval_return=f"{mean:.1f}")
             self.bar.write(f"step {step}, update {updates}: eval_return {mean:.1f} ± {std:.1f}")
@@ -1021,6 +1031,7 @@ def train(args: Args) -> Path:
             network.standardize.mean.copy_(demos.transitions.obs.mean(0))
             network.standardize.std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant ones
     if args.obs_dims:  # DEVIATION: the others, divided by infinity, enter as 0
+        print(f"the networks see the first {args.obs_dims} entries of an observation (--obs-dims)", flush=True)
         for network in (actor, critic):
             network.standardize.std.view(-1)[args.obs_dims :] = np.inf
     target = deepcopy(critic)
@@ -1030,8 +1041,7 @@ def train(args: Args) -> Path:
     optimizers = [torch.optim.Adam(network.parameters(), lr=torch.tensor(lr, device=device), fused=True)
                   for network, lr in zip((actor, critic), learning_rates)]
     pretrain, total, n = args.pretrain_updates, args.total_timesteps, args.batch_size
-    if total and not args.resume:  # so that a short run trains too; a resumed one keeps what it began with
-        args = replace(args, learning_starts=max(1, min(args.learning_starts, total // 10)))
+    args = args if args.resume else start_within(args)
     starts = args.learning_starts
     fields = [(obs_shape, torch.float32), (action_space.shape, torch.float32), (obs_shape, torch.float32),
               ((), torch.float32)]
@@ -1045,7 +1055,8 @@ def train(args: Args) -> Path:
     run = Run(args, device, demos, parts, policy, pretrain, total, f"iq {args.env_id}")
     with run, run.bar:
         obs = torch.as_tensor(envs.reset(seed=args.seed + run.step)[0], dtype=torch.float32, device=device)
-        initial.add(obs)
+        if run.step or not args.resume:  # else it is among those of the checkpoint
+            initial.add(obs)
         while run.running():
             playing = run.updates >= pretrain
             if playing:  # one step in each environment

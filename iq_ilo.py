@@ -127,7 +127,7 @@ class Args:
     batch_size: int = 128  # expert rows, and as many policy rows
     buffer_size: int = 1_000_000  # transitions of the agent's own that are kept
     updates_per_step: float = 1.0  # gradient updates per environment step
-    reward_updates: int = 2_000  # updates of the reward network behind `state_reward`, after training; 0: none
+    reward_updates: int = 2_000  # updates of the reward network behind `state_reward`, after training; 0: it is Q
     # The run
     eval_every: int = 5_000  # steps between evaluations; 0: none at all
     eval_episodes: int = 10  # episodes of an evaluation
@@ -170,6 +170,13 @@ def settings(args: Args) -> dict:
     return own | PLAYED if own.get("value_loss") == "value_expert" and args.missing_action != "idm" else own
 
 
+def start_within(args: Args) -> Args:
+    """`--learning-starts` cut to half of the run, so that a short one trains too."""
+    if not args.total_timesteps:
+        return args
+    return replace(args, learning_starts=max(1, min(args.learning_starts, args.total_timesteps // 2)))
+
+
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the environment's settings over the defaults; with `--resume`, over the stopped run's own.
 
@@ -200,11 +207,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         args = replace(args, out_dir=stored.out_dir, run_name=stored.run_name)
     if args.demos and os.path.abspath(args.demos) == stored.demos:
         args = replace(args, demos=stored.demos)
+    began = start_within(replace(args, total_timesteps=stored.total_timesteps)).learning_starts
+    if began == stored.learning_starts:  # the flag as it was given then
+        args = replace(args, learning_starts=began)
     for name, value in asdict(args).items():
         old = getattr(stored, name)
         check(value == old or name in MAY_CHANGE_ON_RESUME,
               f"--{name.replace('_', '-')} {value}: the run in {run_dir} has {old}, and a resumed run keeps it")
-    return args
+    return args if stored.total_timesteps else start_within(args)  # it has not played yet
 
 
 def validate(args: Args) -> None:
@@ -269,7 +279,7 @@ class PointMaze(gym.Env):
         below, above = start[..., 1] - self.HEIGHT, end[..., 1] - self.HEIGHT
         share = below / np.where(below == above, 1, below - above)
         x = start[..., 0] + share * (end[..., 0] - start[..., 0])
-        return (below * above < 0) & (self.span[0] <= x) & (x <= self.span[1])
+        return ((below < 0) != (above < 0)) & (self.span[0] <= x) & (x <= self.span[1])
 
     def distances(self, position: np.ndarray) -> np.ndarray:
         """Length of the shortest way to the goal from positions `[..., 2]`: straight, or by the barrier's free end."""
@@ -320,14 +330,14 @@ MAZE_SWITCHES = ("barrier", "random_start")
 
 class Plain(gym.Wrapper):
     """Observations as copies, since an environment may write the next one over the last, actions in the space's own dtype,
-    and no infos, which a vector environment would have to stack."""
+    rewards as numbers, also where they are arrays of one, and no infos, which a vector environment would have to stack."""
 
     def reset(self, **options):
         return np.array(self.env.reset(**options)[0]), {}
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(np.asarray(action, self.env.action_space.dtype)[()])
-        return np.array(obs), reward, terminated, truncated, {}
+        return np.array(obs), np.asarray(reward).item(), terminated, truncated, {}
 
 
 def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
@@ -337,6 +347,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     Raises:
         BadInput: an unknown environment, or one whose spaces this script does not handle.
     """
+    check(args.env_id != "PointMaze", "--env-id PointMaze: expected PointMaze-v0")  # else without its switches
     maze = {switch: getattr(args, switch) for switch in MAZE_SWITCHES}
     try:
         envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=[Plain],
@@ -1132,7 +1143,7 @@ class Run:
         os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
         self.due = False
         if self.wandb:
-            self.wandb.log(row, step=updates)
+            self.wandb.log(row, step=min(updates, self.pretrain) + step)  # one that grows from row to row
         if self.returns is not None:
             self.bar.set_postfix(eval_return=f"{mean:.1f}")
             self.bar.write(f"step {step}, update {updates}: eval_return {mean:.1f} ± {std:.1f}")
@@ -1235,6 +1246,8 @@ def make_update(critic, target, policy, average, average_critic, idm, optimizers
         return terms
 
     def update(expert: States, played: Batch, initial_obs: torch.Tensor) -> dict[str, torch.Tensor]:
+        if args.obs_noise and args.value_loss == "v0":  # the only form that reads them
+            initial_obs = initial_obs + args.obs_noise * torch.randn_like(initial_obs)
         terms = descend(idm_optimizer, idm_gradient, played) if idm else {}
         batch = named(expert, played)
         terms = descend(critic_optimizer, critic_gradient, batch, initial_obs) | terms
@@ -1310,6 +1323,7 @@ def train(args: Args) -> Path:
         standardize.mean.copy_(x.mean(0))
         standardize.std.copy_(x.std(0, correction=0).clamp(min=0.01 if x is obs else 1e-4))  # near-constant ones
     if args.obs_dims:  # DEVIATION: the others, divided by infinity, enter as 0
+        print(f"the networks see the first {args.obs_dims} entries of an observation (--obs-dims)", flush=True)
         for module in nn.ModuleList(filter(None, (critic, policy, idm))).modules():
             if isinstance(module, Standardize):
                 module.std.view(-1)[args.obs_dims :] = np.inf
@@ -1323,8 +1337,7 @@ def train(args: Args) -> Path:
     optimizers = {name: network and torch.optim.Adam(network.parameters(), torch.tensor(learning_rates[name], device=device),
                                                      fused=True) for name, network in learned.items()}
     total, n = args.total_timesteps, args.batch_size
-    if total and not args.resume:  # so that a short run trains too; a resumed one keeps what it began with
-        args = replace(args, learning_starts=max(1, min(args.learning_starts, total // 2)))
+    args = args if args.resume else start_within(args)
     starts = args.learning_starts
     kind = ((), torch.int64) if discrete else (action_space.shape, torch.float32)
     fields = [(obs_shape, torch.float32), kind, (obs_shape, torch.float32), ((), torch.float32)]
@@ -1339,7 +1352,8 @@ def train(args: Args) -> Path:
     run = Run(args, device, demos, parts, acting, 0, total, f"{args.missing_action} {args.env_id}")
     with run, run.bar:
         obs = torch.as_tensor(envs.reset(seed=args.seed + run.step)[0], dtype=torch.float32, device=device)
-        initial.add(obs)
+        if run.step or not args.resume:  # else it is among those of the checkpoint
+            initial.add(obs)
         while run.running():
             with torch.no_grad():  # one step in each environment
                 action = policy.uniform(args.num_envs) if run.step < starts else policy.sample(obs, args.temperature)

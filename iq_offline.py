@@ -236,14 +236,14 @@ class Spaces(NamedTuple):
 
 class Plain(gym.Wrapper):
     """Observations as copies, since an environment may write the next one over the last, actions in the space's own dtype,
-    and no infos, which a vector environment would have to stack."""
+    rewards as numbers, also where they are arrays of one, and no infos, which a vector environment would have to stack."""
 
     def reset(self, **options):
         return np.array(self.env.reset(**options)[0]), {}
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(np.asarray(action, self.env.action_space.dtype)[()])
-        return np.array(obs), reward, terminated, truncated, {}
+        return np.array(obs), np.asarray(reward).item(), terminated, truncated, {}
 
 
 def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.vector.VectorEnv:
@@ -1171,6 +1171,7 @@ def train(args: Args) -> Path:
             module.obs_mean.copy_(demos.transitions.obs.mean(0))
             module.obs_std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant dimensions
     if args.obs_dims:  # DEVIATION: the others, divided by infinity, enter as 0
+        print(f"the networks see the first {args.obs_dims} entries of an observation (--obs-dims)", flush=True)
         for module in filter(None, (network, actor)):
             module.obs_std.view(-1)[args.obs_dims :] = np.inf
     # With continuous actions V(s') comes from a target network, without gradient, as in the paper.

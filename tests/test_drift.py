@@ -17,6 +17,7 @@ VERSIONS = {
     "parse_args": ("atari | continuous | discrete | ilo | offline", "one distance; --preset; --missing-action; no --env-id"),
     "validate": ("atari | continuous | discrete | ilo | offline", "other flags"),
     "make_envs": ("atari | continuous | discrete | ilo | offline", "the action spaces and switches of each setting"),
+    "start_within": ("continuous | ilo", "a tenth of the run, or half"),
     "QNetwork.__init__": ("atari | continuous | discrete | ilo | offline", "convolutions; any number of layers"),
     "QNetwork.forward": ("atari | continuous | discrete | ilo | offline", "Q(s, ·) or Q(s, a)"),
     "Demonstrations": ("atari | continuous | discrete | ilo | offline", "frames kept once; how often one ends; no actions; "
@@ -68,7 +69,7 @@ FIELD_VERSIONS = {
     "chi2_alpha": ("atari continuous ilo | discrete offline", "chi2 alone"),
     "value_loss": ("atari discrete | continuous ilo | offline", "measured; no policy rows offline"),
     "target_rate": ("atari discrete | continuous | ilo | offline", "always a target critic with an actor"),
-    "average_rate": ("atari | continuous ilo | discrete | offline", "measured"),
+    "average_rate": ("atari | continuous | discrete | ilo | offline", "measured; of the actor"),
     "standardize_obs": ("atari | continuous ilo offline | discrete", "measured; frames have one scale"),
     "learning_rate": ("atari | discrete | offline", "measured"),
     "batch_size": ("atari | continuous ilo | discrete | offline", "measured"),

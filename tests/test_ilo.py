@@ -333,6 +333,8 @@ def test_maze_geometry():
         assert maze.blocks(np.array(start), np.array(end)) == blocked
         assert maze.blocks(np.array(end), np.array(start)) == blocked
     assert PointMaze("left").blocks(np.array([0.3, 0.2]), np.array([0.3, 0.8]))
+    below, at, above = (np.array([0.7, y]) for y in (0.499, 0.5, 0.507))  # no way through in two steps
+    assert maze.blocks(below, at) and not maze.blocks(at, above) and maze.blocks(at, below) and not maze.blocks(above, at)
     distances = maze.distances(np.array([[0.5, 0.7], [0.5, 0.2], [0.3, 0.2], [0.5, 0.8]]))
     np.testing.assert_allclose(distances, [0.1, math.hypot(0.1, 0.3) * 2, math.hypot(0.2, 0.6), 0], atol=1e-12)
 

@@ -1099,7 +1099,7 @@ def test_resume_of_another_script(module, name, runs, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, old", [
     ("--actor-lr 0.5", "3e-05"), ("--preset paper", "ours"), ("--env-id Hopper-v5", "Pendulum-v1"),
-    ("--learning-starts 3", r"\b2\b"), ("--cloning-weight 1.0", r"\b0\.0\b"),
+    ("--learning-starts 1", r"\b2\b"), ("--cloning-weight 1.0", r"\b0\.0\b"),
 ])
 def test_resume_keeps_the_settings_continuous(flags, old, runs, tmp_path, capsys):
     run_dir = shutil.copytree(runs["Pendulum"], tmp_path / "runs/copy")

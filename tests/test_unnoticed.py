@@ -121,19 +121,20 @@ def test_resumed_play_begins_elsewhere(module, go, tmp_path, monkeypatch):
 
 def test_noise_reaches_the_loss(monkeypatch):
     seen = []
-    for module, place in ((iq_discrete, 2), (iq_ilo, 3)):
-        loss = module.iq_loss
-        monkeypatch.setattr(module, "iq_loss", lambda *a, loss=loss, place=place: seen.append(a[place]) or loss(*a))
-    zeros, no = torch.zeros(2000, 4), torch.zeros(2000)
+    for module, place, start in ((iq_discrete, 2, 4), (iq_ilo, 3, 5)):
+        loss, of = module.iq_loss, (place, start)
+        monkeypatch.setattr(module, "iq_loss", lambda *a, loss=loss, of=of: seen.append([a[i] for i in of]) or loss(*a))
+    zeros, no, given = torch.zeros(2000, 4), torch.zeros(2000), {"obs_noise": 0.3, "value_loss": "v0"}
     q = iq_discrete.QNetwork((4,), 2)
-    update = iq_discrete.make_update(q, None, None, torch.optim.Adam(q.parameters()), 1000, iq_discrete.Args(obs_noise=0.3))
-    update(iq_discrete.Batch(zeros, no.long(), zeros, no), zeros[:0])
+    update = iq_discrete.make_update(q, None, None, torch.optim.Adam(q.parameters()), 1000, iq_discrete.Args(**given))
+    update(iq_discrete.Batch(zeros, no.long(), zeros, no), zeros)
     q = iq_ilo.QNetwork((4,), 2, True)
-    optimizers, args = [torch.optim.Adam(q.parameters()), None, None], iq_ilo.Args(obs_noise=0.3, missing_action="replay")
+    optimizers, args = [torch.optim.Adam(q.parameters()), None, None], iq_ilo.Args(missing_action="replay", **given)
     update = iq_ilo.make_update(q, None, iq_ilo.Softmax(q), None, None, None, optimizers, 2000, args)
     update(iq_ilo.States(zeros, zeros, no), iq_ilo.Batch(zeros, no.long(), zeros, no), zeros)
-    for batch in seen:
-        assert batch.obs.std().item() == pytest.approx(0.3, abs=0.02) == batch.next_obs.std().item()
+    for batch, initial_obs in seen:
+        for x in (batch.obs, batch.next_obs, initial_obs):
+            assert x.std().item() == pytest.approx(0.3, abs=0.02)
     assert len(seen) == 2
 
 
@@ -600,6 +601,59 @@ def test_a_signal_in_the_last_step_takes_no_row_from_a_run_that_goes_on(module, 
     assert [r["updates"] for r in rows(tmp_path / "run")] == ["10", "20", "30", "40"]
 
 
+@pytest.mark.parametrize("module", [iq_discrete, iq_continuous])
+def test_a_run_stopped_in_pretraining_starts_play_from_the_same_states(module, go, tmp_path, monkeypatch):
+    flags, tick, sent = "--pretrain-updates 6 --value-loss v0", module.Run.tick, []
+    whole = go(module, flags, "whole")[0]
+
+    def interrupted(run, clock, steps):
+        if run.updates in (2, 4) and not run.step and run.updates not in sent:
+            sent.append(run.updates)
+            os.kill(os.getpid(), signal.SIGTERM)
+        tick(run, clock, steps)
+
+    monkeypatch.setattr(module.Run, "tick", interrupted)
+    with pytest.raises(SystemExit):
+        go(module, flags)
+    with pytest.raises(SystemExit):
+        module.main(["--resume", str(tmp_path / "run")])
+    assert module.main(["--resume", str(tmp_path / "run")]) == 0 and sent == [2, 4]
+    cut = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert cut["initial"]["written"] == whole["initial"]["written"]
+    name = "network" if module is iq_discrete else "critic"
+    assert all(torch.equal(cut[name][key], whole[name][key]) for key in whole[name])
+
+
+@pytest.mark.parametrize("module, starts", [(iq_continuous, 6), (iq_ilo, 30)])
+def test_a_run_that_has_not_played_waits_for_no_more_than_a_share_of_what_it_plays_at_last(module, starts, go, tmp_path):
+    go(module, "--total-timesteps 0 --learning-starts 5000")
+    assert module.main(["--resume", str(tmp_path / "run")]) == 0
+    again = ["--resume", str(tmp_path / "run"), "--total-timesteps", "60", "--learning-starts", "5000"]
+    assert module.main(again) == 0 and module.main(again) == 0
+    assert int(rows(tmp_path / "run")[-1]["updates"]) == 60 - starts
+    assert module.main(again[:-1] + ["2"]) == 2
+
+
+@pytest.mark.parametrize("module, env_id", [(iq_discrete, "GridWorld"), (iq_ilo, "PointMaze")])
+def test_an_environment_of_the_script_without_its_version_would_have_no_switches(module, env_id, tmp_path, capsys):
+    path = tmp_path.joinpath("none.npz")
+    assert module.main(["--env-id", env_id, "--demos", str(path), "--out-dir", str(tmp_path)]) == 2
+    assert f"--env-id {env_id}: expected {env_id}-v0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_tracked_rows_have_steps_that_grow(module, go, monkeypatch):
+    """Weights & Biases drops what is logged at an earlier step and writes over what is logged at the same one."""
+    steps = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: None, finish=lambda: None,
+                                                              log=lambda row, step: steps.append(step)))
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(module, "evaluate", lambda *_: np.zeros(3))
+    few = " --updates-per-step 0.01 --pretrain-updates 5" * (module in (iq_discrete, iq_continuous))
+    go(module, f"--track --eval-every 4{few}")
+    assert len(steps) > 2 and all(a < b for a, b in zip(steps, steps[1:]))
+
+
 def test_frames_from_which_nothing_was_played_are_written_over(go, tmp_path, monkeypatch):
     """A run that is stopped in pretraining has them, once more each time; where all are drawn, one has action −1."""
     replay, frame = iq_atari.Replay(40, 2, "cpu"), torch.ones(2, 84, 84).byte()
@@ -717,7 +771,7 @@ class Sloppy(gym.Env):
     def step(self, action):
         assert action in self.action_space and action.dtype == self.action_space.dtype
         self.obs += 1
-        return self.obs, 1.0, False, self.obs[0] == 3, {"odd": self.odd, "final_info": 3}
+        return self.obs, np.ones(1), False, self.obs[0] == 3, {"odd": self.odd, "final_info": 3}
 
 
 @pytest.mark.parametrize("module, continuous", [(iq_discrete, False), (iq_continuous, True), (iq_ilo, False), (iq_ilo, True),
