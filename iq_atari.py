@@ -200,7 +200,8 @@ def make_envs(args: Args, num_envs: int) -> AtariVectorEnv:
     Raises:
         BadInput: a game that the emulator does not have.
     """
-    games = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids()}
+    no_player_alone = {"combat", "joust", "maze_craze", "warlords"}  # the emulator would end the process
+    games = {rom.replace("_", ""): rom for rom in roms.get_all_rom_ids() if rom not in no_player_alone}
     game = games.get(env_name(args.env_id).lower())
     check(game is not None and re.search(r"-v\d+$", args.env_id) is not None,
           f"--env-id {args.env_id}: no such game, expected XNoFrameskip-v4 or ALE/X-v5 with one of the emulator's; "
@@ -1068,6 +1069,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # stdout went into `head`, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 141
     return 0
 
 

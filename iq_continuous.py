@@ -595,6 +595,16 @@ def draw(demos: Demonstrations, n: int) -> Batch:
     return Batch(*(field.index_select(0, index) for field in demos.transitions))
 
 
+def deviation(obs: torch.Tensor, seen: int | None = None) -> torch.Tensor:
+    """Standard deviation of each entry of observations `[N, *obs_shape]`, at least 0.01 for near-constant ones; it
+    prints how many of the first `seen` entries (None: all) vary by less."""
+    std = obs.std(0, correction=0)
+    if small := int(((std > 1e-6) & (std < 0.01)).view(-1)[:seen].sum()):  # 1e-6: rounding
+        print(f"{small} entries of an observation vary by less than 0.01, which they are divided by: scale them if "
+              "only their unit is small", flush=True)
+    return std.clamp(min=0.01)
+
+
 class Replay:
     """Rows of tensors, preallocated on the device: the oldest are overwritten, none unwritten is drawn. BadInput where they
     cannot be allocated."""
@@ -1027,9 +1037,10 @@ def train(args: Args) -> Path:
     check(args.obs_dims <= np.prod(obs_shape), f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}")
     critic = QNetwork(obs_shape, len(action_space.low), args.hidden_size, args.layer_norm, limit).to(device)
     if args.standardize_obs:  # DEVIATION: the paper has raw observations
+        mean, std = demos.transitions.obs.mean(0), deviation(demos.transitions.obs, args.obs_dims or None)
         for network in (actor, critic):
-            network.standardize.mean.copy_(demos.transitions.obs.mean(0))
-            network.standardize.std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant ones
+            network.standardize.mean.copy_(mean)
+            network.standardize.std.copy_(std)
     if args.obs_dims:  # DEVIATION: the others, divided by infinity, enter as 0
         print(f"the networks see the first {args.obs_dims} entries of an observation (--obs-dims)", flush=True)
         for network in (actor, critic):
@@ -1134,6 +1145,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # stdout went into `head`, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 141
     return 0
 
 

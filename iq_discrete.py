@@ -611,6 +611,16 @@ def draw(demos: Demonstrations, n: int) -> Batch:
     return Batch(*(field.index_select(0, index) for field in demos.transitions))
 
 
+def deviation(obs: torch.Tensor, seen: int | None = None) -> torch.Tensor:
+    """Standard deviation of each entry of observations `[N, *obs_shape]`, at least 0.01 for near-constant ones; it
+    prints how many of the first `seen` entries (None: all) vary by less."""
+    std = obs.std(0, correction=0)
+    if small := int(((std > 1e-6) & (std < 0.01)).view(-1)[:seen].sum()):  # 1e-6: rounding
+        print(f"{small} entries of an observation vary by less than 0.01, which they are divided by: scale them if "
+              "only their unit is small", flush=True)
+    return std.clamp(min=0.01)
+
+
 class Replay:
     """Rows of tensors, preallocated on the device: the oldest are overwritten, none unwritten is drawn. BadInput where they
     cannot be allocated."""
@@ -1104,7 +1114,7 @@ def train(args: Args) -> Path:
     network = QNetwork(obs_shape, num_actions, args.network, args.hidden_size, q_bound, limit).to(device)
     if args.standardize_obs:
         network.obs_mean.copy_(demos.transitions.obs.mean(0))
-        network.obs_std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant dimensions
+        network.obs_std.copy_(deviation(demos.transitions.obs))
     target = deepcopy(network) if args.target_rate else None  # DEVIATION: with discrete actions the paper has none
     average = deepcopy(network) if args.average_rate else None  # DEVIATION: the paper has the last iterate
     policy = average or network  # what is evaluated and saved
@@ -1202,6 +1212,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # stdout went into `head`, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 141
     return 0
 
 

@@ -799,6 +799,16 @@ def draw(demos: Demonstrations, n: int) -> States:
     return States(*(field.index_select(0, index) for field in demos.transitions))
 
 
+def deviation(obs: torch.Tensor, seen: int | None = None) -> torch.Tensor:
+    """Standard deviation of each entry of observations `[N, *obs_shape]`, at least 0.01 for near-constant ones; it
+    prints how many of the first `seen` entries (None: all) vary by less."""
+    std = obs.std(0, correction=0)
+    if small := int(((std > 1e-6) & (std < 0.01)).view(-1)[:seen].sum()):  # 1e-6: rounding
+        print(f"{small} entries of an observation vary by less than 0.01, which they are divided by: scale them if "
+              "only their unit is small", flush=True)
+    return std.clamp(min=0.01)
+
+
 class Replay:
     """Rows of tensors, preallocated on the device: the oldest are overwritten, none unwritten is drawn. BadInput where they
     cannot be allocated."""
@@ -1319,9 +1329,10 @@ def train(args: Args) -> Path:
     statistics = [(idm.standardize_change, next_obs - obs), (idm.standardize, obs)] if idm else []
     if args.standardize_obs:  # DEVIATION: the paper has raw observations
         statistics += [(network.standardize, obs) for network in ((critic,) if discrete else (critic, policy))]
+    std = deviation(obs, args.obs_dims or None) if idm or args.standardize_obs else None
     for standardize, x in statistics:
         standardize.mean.copy_(x.mean(0))
-        standardize.std.copy_(x.std(0, correction=0).clamp(min=0.01 if x is obs else 1e-4))  # near-constant ones
+        standardize.std.copy_(std if x is obs else x.std(0, correction=0).clamp(min=1e-4))
     if args.obs_dims:  # DEVIATION: the others, divided by infinity, enter as 0
         print(f"the networks see the first {args.obs_dims} entries of an observation (--obs-dims)", flush=True)
         for module in nn.ModuleList(filter(None, (critic, policy, idm))).modules():
@@ -1423,6 +1434,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # stdout went into `head`, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 141
     return 0
 
 

@@ -145,7 +145,15 @@ def env_name(env_id: str) -> str:
 
 
 def recorded_in(path: str | None) -> str:
-    """The environment that an .npz file names; empty where it does not, or cannot be read: loading says what is wrong."""
+    """The environment that an .npz file or a Minari dataset names; empty where it does not, or cannot be read: loading says
+    what is wrong."""
+    if path and not os.path.exists(path) and re.search(r"-v\d+$", path):
+        try:
+            import minari
+
+            return minari.load_dataset(path, download=True).env_spec.id
+        except Exception:
+            return ""
     try:
         with np.load(path, allow_pickle=False) as file:
             name = file["env_id"].reshape(-1)[0]
@@ -665,6 +673,16 @@ def draw(demos: Demonstrations, n: int) -> Batch:
     return Batch(*(field.index_select(0, index) for field in demos.transitions))
 
 
+def deviation(obs: torch.Tensor, seen: int | None = None) -> torch.Tensor:
+    """Standard deviation of each entry of observations `[N, *obs_shape]`, at least 0.01 for near-constant ones; it
+    prints how many of the first `seen` entries (None: all) vary by less."""
+    std = obs.std(0, correction=0)
+    if small := int(((std > 1e-6) & (std < 0.01)).view(-1)[:seen].sum()):  # 1e-6: rounding
+        print(f"{small} entries of an observation vary by less than 0.01, which they are divided by: scale them if "
+              "only their unit is small", flush=True)
+    return std.clamp(min=0.01)
+
+
 # --------------------------------------------------------------------------------------- IQ objective
 def soft_value(q: torch.Tensor, temperature: float) -> torch.Tensor:
     """V(s) = τ·logsumexp_a(Q(s,a)/τ) `[B]` of Q(s,·) `[B, A]`; at τ = 0 the maximum (paper, §3 and Eq. 10)."""
@@ -1087,7 +1105,8 @@ class Run:
             print(f"stopped at update {self.updates}; to continue: {resume}", flush=True)
             raise SystemExit(128 + self.signum)
         if not self.evaluated and args.save_model:
-            env_id = "ENVIRONMENT" if self.env_id == "unknown" else shlex.quote(self.env_id)
+            home = {"GridWorld-v0": "iq_discrete:", "PointMaze-v0": "iq_ilo:"}.get(self.env_id, "")  # the script it is in
+            env_id = "ENVIRONMENT" if self.env_id == "unknown" else shlex.quote(home + self.env_id)
             command = shlex.join(["python", called, "--evaluate", str(self.dir / "model.pt")])
             print(f"not evaluated; where the environment is installed: {command} --env-id {env_id}")
         seconds = time.time() - self.start
@@ -1167,9 +1186,10 @@ def train(args: Args) -> Path:
     network = QNetwork(obs_shape, num_actions, len(action_low), *size, q_bound, limit).to(device)
     actor = None if num_actions else Actor(obs_shape, action_low, action_high, *size, limit).to(device)
     if args.standardize_obs:  # DEVIATION: the paper has raw observations
+        mean, std = demos.transitions.obs.mean(0), deviation(demos.transitions.obs, args.obs_dims or None)
         for module in filter(None, (network, actor)):
-            module.obs_mean.copy_(demos.transitions.obs.mean(0))
-            module.obs_std.copy_(demos.transitions.obs.std(0, correction=0).clamp(min=0.01))  # near-constant dimensions
+            module.obs_mean.copy_(mean)
+            module.obs_std.copy_(std)
     if args.obs_dims:  # DEVIATION: the others, divided by infinity, enter as 0
         print(f"the networks see the first {args.obs_dims} entries of an observation (--obs-dims)", flush=True)
         for module in filter(None, (network, actor)):
@@ -1239,6 +1259,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # stdout went into `head`, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 141
     return 0
 
 

@@ -8,6 +8,7 @@ critics: where two players of a convex-concave game go round its saddle point, t
 figure12_rewards.csv, a row for each episode, figure12_rewards_critics.csv, the correlation by each critic alone,
 figure12_rewards.md and figure12_rewards.png. A second call runs the seeds that the csv files lack.
 """
+import shutil
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -129,30 +130,40 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def main(seeds: tuple[int, ...] = (101, 102, 103), episodes: int = 10, total_timesteps: int = 30_000, every: int = 1_500):
-    """For each seed that is missing: train once, roll out every kept policy, compare."""
+    """For each seed that is missing with this budget: train once, roll out every kept policy, compare. Its rows of another
+    budget are replaced."""
     env, commit = gym.make("Hopper-v5"), code_commit()
-    critics = read_rows(CRITICS)
-    done = {r["seed"] for r in critics}
-    rows = [r for r in read_rows(FOLDER / "figure12_rewards.csv") if r["seed"] in done]
-    for seed in (seed for seed in seeds if str(seed) not in done):
+    budget = "".join(f" {flag} {value}" for flag, value, usual in (
+        ("--episodes", episodes, 10), ("--total-timesteps", total_timesteps, 30_000), ("--every", every, 1_500))
+        if value != usual)
+    rows, critics = read_rows(FOLDER / "figure12_rewards.csv"), read_rows(CRITICS)
+    for seed in seeds:
+        command = f"python reproduce/figure12_rewards.py --seeds {seed}{budget}"
+        if any(r["command"] == command for r in critics):
+            continue
+        rows, critics = ([r for r in old if r["seed"] != str(seed)] for old in (rows, critics))
+        run_dir = ROOT / "runs" / f"figure12_{seed}"
+        shutil.rmtree(run_dir, ignore_errors=True)  # of a call that was stopped
         args = iq_continuous.parse_args(["--env-id", "Hopper-v5", "--seed", str(seed), "--total-timesteps",
-                                         str(total_timesteps), "--eval-every", str(every), "--run-name", f"figure12_{seed}"])
+                                         str(total_timesteps), "--eval-every", str(every), "--out-dir",
+                                         str(run_dir.parent), "--run-name", run_dir.name])
         kept = train_and_keep(args)
         torch.manual_seed(seed)
         implied, true = [], []  # of each episode: by each critic `[critics, T]`, and `[T]`
-        origin = {"commit": commit, "command": f"python reproduce/figure12_rewards.py --seeds {seed}"}
+        origin = {"commit": commit, "command": command}
+        at = [min((i + 1) * every, total_timesteps) for i in range(len(kept))]  # the step that each was kept at
         for i, (policy, _, evaluated) in enumerate(kept):
             for episode in range(episodes):
                 transitions, rewards = play(policy, env, 1_000_000 + 1_000 * i + episode)
                 implied.append(rewards_of(transitions, kept, args))
                 true.append(rewards)
                 sums = implied[-1].sum(1)
-                rows.append({"seed": seed, "policy_at_step": (i + 1) * every, "evaluated": round(float(evaluated), 1),
+                rows.append({"seed": seed, "policy_at_step": at[i], "evaluated": round(float(evaluated), 1),
                              "length": len(rewards), "true": round(float(rewards.sum()), 3),
                              "implied": round(float(sums[-1]), 4), "implied_average": round(float(sums.mean()), 4)} | origin)
         sums, true_sums = np.stack([r.sum(1) for r in implied]), [r.sum() for r in true]  # [episodes, critics]
         steps, true_steps = np.concatenate(implied, 1), np.concatenate(true)
-        critics += [{"seed": seed, "critic_at_step": (i + 1) * every,
+        critics += [{"seed": seed, "critic_at_step": at[i],
                      "episode_pearson": round(float(pearsonr(sums[:, i], true_sums)[0]), 4),
                      "step_pearson": round(float(pearsonr(steps[i], true_steps)[0]), 4)} | origin for i in range(len(kept))]
         write_rows(FOLDER / "figure12_rewards.csv", rows)

@@ -8,6 +8,7 @@ of an ordinary soft actor-critic (stable_baselines3) that is trained on this rew
 barrier moved to the other side. Writes figure5_maze.csv, .md and .png; a second call goes on where the csv stops.
 """
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -115,19 +116,20 @@ def table(rows: list[dict]) -> str:
 
 
 def main(seeds: tuple[int, ...] = (101, 102, 103), sac_steps: int = 5_000, flags: str = ""):
-    """Run the seeds that the csv does not hold; `flags` go to iq_ilo.py, `sac_steps` 0 leaves soft actor-critic out."""
+    """Run the seeds that the csv does not hold with these flags; `flags` go to iq_ilo.py, `sac_steps` 0 leaves soft
+    actor-critic out. A seed's row with other flags or steps is replaced."""
     from scipy.stats import spearmanr
 
     path, states, maze = FOLDER / "figure5_maze.csv", plane(), iq_ilo.PointMaze()
     rows = read_rows(path)
     for seed in seeds:
-        run_dir = ROOT / "runs" / f"figure5_{seed}"
-        if any(r["seed"] == str(seed) and (r["sac_steps"] == str(sac_steps) or not sac_steps) for r in rows):
+        run_dir, given = ROOT / "runs" / f"figure5_{seed}", f" --flags={shlex.quote(flags)}" * bool(flags)
+        if any(r["seed"] == str(seed) and (r["sac_steps"] == str(sac_steps) or not sac_steps)
+               and r["command"].partition(" --flags=")[2] == given.partition("=")[2] for r in rows):
             continue
-        command = f"iq_ilo.py {TRAIN} --seed {seed} {flags}".strip()
-        if not (run_dir / "model.pt").exists():
-            where = ["--out-dir", str(run_dir.parent), "--run-name", run_dir.name]
-            iq_ilo.train(iq_ilo.parse_args([*command.split()[1:], *where]))
+        shutil.rmtree(run_dir, ignore_errors=True)  # of a call that was stopped
+        where = ["--out-dir", str(run_dir.parent), "--run-name", run_dir.name]
+        iq_ilo.train(iq_ilo.parse_args([*TRAIN.split(), "--seed", str(seed), *shlex.split(flags), *where]))
         model = iq_ilo.load_model(str(run_dir / "model.pt"))
         torch.manual_seed(seed)
         reward = iq_ilo.state_reward(model.reward, model.policy, torch.as_tensor(states), model.saved["temperature"]).numpy()
@@ -147,10 +149,9 @@ def main(seeds: tuple[int, ...] = (101, 102, 103), sac_steps: int = 5_000, flags
                 for learned, kind in ((True, "sac"), (False, "sac_true")):
                     row[f"{kind}_{name}"] = sac_return(model, reward, barrier, seed, sac_steps, learned)
                     print(f"{kind}_{name}: {row[f'{kind}_{name}']:.2f}", flush=True)
-        rows = [r for r in rows if r["seed"] != str(seed)]  # one with other steps of soft actor-critic is replaced
+        rows = [r for r in rows if r["seed"] != str(seed)]
         rows.append(row | {"sac_steps": sac_steps, "commit": code_commit(),
-                           "command": f"python reproduce/figure5_maze.py --seeds {seed} --sac-steps {sac_steps}"
-                           + f" --flags={shlex.quote(flags)}" * bool(flags)})
+                           "command": f"python reproduce/figure5_maze.py --seeds {seed} --sac-steps {sac_steps}{given}"})
         write_rows(path, rows)
         rows = read_rows(path)
         draw(model, reward, FOLDER / "figure5_maze.png")

@@ -671,6 +671,36 @@ def test_frames_from_which_nothing_was_played_are_written_over(go, tmp_path, mon
     assert min(int(replay.sample(8).action.min()) for _ in range(200)) >= 3
 
 
+def test_offline_names_the_script_that_an_environment_is_in(tmp_path, capsys):
+    demos = ROOT / "demos" / "GridWorld-v0.npz"
+    given = f"--demos {demos} --total-updates 2 --num-demos 1 --out-dir {tmp_path} --run-name run"
+    assert iq_offline.main(given.split()) == 0
+    hint = capsys.readouterr().out.split(" iq_offline.py ")[1].split("\n")[0]
+    assert "iq_discrete:GridWorld-v0" in hint and iq_offline.main([*hint.split(), "--eval-episodes", "1"]) == 0
+
+
+@pytest.mark.parametrize("module", [iq_discrete, iq_continuous, iq_offline, iq_ilo])
+def test_entries_in_small_units_are_told(module, capsys):
+    obs = torch.tensor([[-1e-3, 5.0, -1.0, 1e-3], [1e-3, 5.0, 1.0, -1e-3]])
+    assert module.deviation(obs, 3).tolist() == pytest.approx([0.01, 0.01, 1.0, 0.01])
+    assert capsys.readouterr().out.startswith("1 entries of an observation vary by less than 0.01")
+    module.deviation(obs[:, 1:3])
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["iq_discrete", "iq_offline"])
+def test_output_that_nobody_reads_to_its_end_is_no_error(script, tmp_path):
+    command = f"{sys.executable} {ROOT / script}.py --env-id CartPole-v1 --out-dir {tmp_path} | true"
+    done = subprocess.run(["bash", "-c", command + "; echo ${PIPESTATUS[0]}"], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "141\n" and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize("game", ["Combat", "Joust", "MazeCraze", "Warlords"])
+def test_games_that_the_emulator_cannot_play_alone_are_bad_input(game, capsys):
+    assert iq_atari.main(["--env-id", f"ALE/{game}-v5"]) == 2
+    assert "no such game" in capsys.readouterr().err
+
+
 def test_a_given_switch_must_be_the_models_own(go, tmp_path, capsys):
     go(iq_ilo, "--env-id PointMaze-v0 --num-demos 2 --barrier left --demos " + str(ROOT / "demos" / "PointMaze-v0.npz"))
     model = str(tmp_path / "run" / "model.pt")
@@ -682,15 +712,20 @@ def test_a_given_switch_must_be_the_models_own(go, tmp_path, capsys):
     assert iq_discrete.main(["--evaluate", model, "--eval-episodes", "1"]) == 0
 
 
-def test_offline_settings_are_those_of_the_files_environment(tmp_path, capsys):
+def test_offline_settings_are_those_of_the_files_environment(tmp_path, capsys, monkeypatch):
     parse, file = iq_offline.parse_args, ROOT / "demos" / "Hopper-v5.npz"
     named, told = parse(["--demos", str(file)]), parse(["--demos", str(file), "--env-id", "Hopper-v5"])
     assert named.gamma == 0.97 and vars(named) | {"env_id": "Hopper-v5"} == vars(told)
     assert "settings of Hopper-v5" in capsys.readouterr().out
     assert parse(["--demos", str(file), "--gamma", "0.9"]).gamma == 0.9
+    dataset = SimpleNamespace(env_spec=SimpleNamespace(id="Hopper-v5"))
+    monkeypatch.setitem(sys.modules, "minari", SimpleNamespace(load_dataset=lambda *_, **__: dataset))
+    assert vars(parse(["--demos", "mine/hopper-v0"])) | {"demos": str(file)} == vars(named)
+    capsys.readouterr()
+    dataset.env_spec = None
     for other in ("nowhere.npz", str(ROOT / "README.md"), "mujoco/hopper/expert-v0"):
         assert vars(parse(["--demos", other])) == vars(iq_offline.Args(demos=other))
-    assert "settings" not in capsys.readouterr().out.split("\n", 1)[1]
+    assert "settings" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("env_id, odd", [("Pendulum-v1", {"action_low": np.array([-5.0])}),
