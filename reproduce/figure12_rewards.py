@@ -93,7 +93,8 @@ def table(rows: list[dict]) -> str:
     seeds = [compared([r for r in rows if r["seed"] == seed]) for seed in dict.fromkeys(r["seed"] for r in rows)]
     lines = ["| Hopper-v5, implied against true reward | Pearson, each seed | Spearman, each seed |", "|---|---|---|"]
     for kind in seeds[0]:
-        pearson, spearman = (", ".join(f"{f(*seed[kind])[0]:.3f}" for seed in seeds) for f in (pearsonr, spearmanr))
+        pearson, spearman = (", ".join(f"{f(*seed[kind])[0]:.3f}" if len(seed[kind][0]) > 1 else "none" for seed in seeds)
+                             for f in (pearsonr, spearmanr))  # none: no two episodes of full length in a short run
         lines.append(f"| {kind} | {pearson} | {spearman} |")
     lines += ["| published, episode sums | 0.99 | |", "", "| critic after | episode sums, Pearson, each seed | "
               "single steps, Pearson, each seed |", "|---|---|---|"]
