@@ -61,7 +61,7 @@ RANDOM_RETURN = {"Hopper": 15.4, "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": 
 # DEVIATION: 128 + 128 rows (published: 256), `v0_expert` for all, τ 0.01 for Ant and Humanoid: PAPER has the published.
 SETTINGS: dict[str, dict] = {
     "HalfCheetah": {"anneal_lr": 0.5, "restart_rate": 0.005, "total_timesteps": 30_000},
-    "Hopper": {"gamma": 0.97, "temperature": 0.1, "total_timesteps": 40_000},
+    "Hopper": {"gamma": 0.97, "temperature": 0.1, "total_timesteps": 40_000},  # DEVIATION: else it swings
     "Walker2d": {"pretrain_updates": 5_000, "cloning_weight": 0.05,  # cloning fades by 50,000
                  "anneal_lr": 0.5, "total_timesteps": 120_000},
     "Ant": {"obs_dims": 27,  # without the contact forces: 3,498 instead of 127 at 20,000 steps (seed 1, an older expert)
@@ -235,6 +235,9 @@ def validate(args: Args) -> None:
     check(not args.capture_video or importlib.util.find_spec("moviepy"), "--capture-video: it needs `pip install moviepy`")
     check(not args.capture_video or args.evaluate or args.eval_every,
           "--capture-video: with --eval-every 0 there is no evaluation to record")
+    if args.bound_targets and args.chi2_rows == "both" and args.temperature >= 0.5:
+        print(f"warning: --bound-targets leaves the entropy out of V's bound, and with --temperature {args.temperature} it "
+              "counts: take --no-bound-targets", file=sys.stderr)
     check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
 
 
@@ -668,7 +671,7 @@ def iq_loss(critic, target, actor: Actor, batch: Batch, fresh, n_expert: int, in
     assert obs.shape == next_obs.shape and action.shape == fresh[0].shape and terminated.shape == (len(obs),)
     with torch.no_grad():  # V(s') carries no gradient: the target critic's
         next_V = soft_value(target, actor, next_obs, τ)
-        if args.bound_targets and args.chi2_rows == "both":  # DEVIATION: there |r| ≤ about 4α, so |V| ≤ about this
+        if args.bound_targets and args.chi2_rows == "both":  # DEVIATION: |r| ≤ about 4α, so |V| ≤ this, but for entropy
             next_V = next_V.clamp(-4 * α / (1 - γ), 4 * α / (1 - γ))
         next_V = (1 - terminated) * next_V
     # One pass for Q(s,a) and Q(s,ã), over the rows whose value the loss reads. V(s) has gradient to the critic alone.
@@ -708,7 +711,7 @@ def actor_loss(critic, obs: torch.Tensor, fresh, temperature: float) -> torch.Te
 
 
 def cloning_loss(actor: Actor, batch: Batch, n_expert: int) -> torch.Tensor:
-    """−E_expert[log π(a|s)]. Actions at ±1, where the density is infinite, count as ±0.999."""
+    """−E_expert[log π(a|s)]. DEVIATION: actions at ±1, where the density is infinite, count as ±0.999."""
     before_tanh = torch.atanh(batch.action[:n_expert].clamp(-0.999, 0.999))
     return -log_density(*actor(batch.obs[:n_expert]), before_tanh).mean()
 
@@ -972,7 +975,9 @@ def make_update(actor, critic, target, average, optimizers, n_expert: int, args:
     """One gradient step of critic and actor as a function of tensors alone: the compile boundary.
 
     Passes with B rows in all, of them n_expert the expert's: actor on s (shared by V(s) and the actor's loss) and on
-    s', target critic on s', critic on (s, a) and the value rows at once, critic on (s, ã) again after its step.
+    s', target critic on s', critic on (s, a) and the value rows at once, critic on (s, ã) again after its step. None can go:
+    s' is no row's s, and V(s') is by the target's weights, without gradient; the actor's loss needs Q(s, ã) of all rows with
+    gradient to ã, by the critic after its step, the critic's loss without it and before.
     """
     actor_optimizer, critic_optimizer = optimizers
     actor_parameters = list(actor.parameters())

@@ -237,6 +237,9 @@ def validate(args: Args) -> None:
     check(not args.capture_video or importlib.util.find_spec("moviepy"), "--capture-video: it needs `pip install moviepy`")
     check(not args.capture_video or args.evaluate or args.eval_every,
           "--capture-video: with --eval-every 0 there is no evaluation to record")
+    if args.bound_targets and args.target_rate and args.chi2_rows == "both" and args.temperature >= 0.5:
+        print(f"warning: --bound-targets leaves the entropy out of V's bound, and with --temperature {args.temperature} it "
+              "counts: take --no-bound-targets", file=sys.stderr)
     check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
     expert_alone = args.value_loss == "value_expert" or args.value_loss != "value" and args.chi2_rows == "expert"
     check(args.missing_action != "policy" or not expert_alone,
@@ -896,7 +899,7 @@ def iq_loss(critic, target, policy, batch: Batch, n_expert: int, initial_obs: to
     else:
         with torch.no_grad():
             next_V = policy.value(target, next_obs, τ)
-            if args.bound_targets and args.chi2_rows == "both":  # DEVIATION: there |r| ≤ about 4α, so |V| ≤ about this
+            if args.bound_targets and args.chi2_rows == "both":  # DEVIATION: |r| ≤ about 4α, so |V| ≤ this, but for entropy
                 next_V = next_V.clamp(-4 * α / (1 - γ), 4 * α / (1 - γ))
         q, V = policy.q_and_value(critic, obs, action, τ)
     next_V = (1 - terminated) * next_V

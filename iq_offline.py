@@ -65,7 +65,7 @@ SETTINGS: dict[str, dict] = {
                 "temperature": 1.0, "chi2_alpha": 50.0, "learning_rate": 1e-2, "total_updates": 3_000},
     "LunarLander": {"standardize_obs": False, "hidden_size": 256, "weight_decay": 0.1, "temperature": 1.0,
                     "chi2_alpha": 50.0, "total_updates": 3_000},
-    "Hopper": MUJOCO | {"gamma": 0.97, "temperature": 0.1},  # as in iq_continuous.py
+    "Hopper": MUJOCO | {"gamma": 0.97, "temperature": 0.1},  # DEVIATION: as in iq_continuous.py
     "HalfCheetah": MUJOCO, "Walker2d": MUJOCO,
     "Ant": MUJOCO | {"obs_dims": 27}, "Humanoid": MUJOCO | {"obs_dims": 45},  # positions, velocities: iq_continuous.py
 }
@@ -816,7 +816,7 @@ def gradient_penalty(network, actor, batch: Batch) -> torch.Tensor:
 
 def log_policy(network, actor, obs, action, temperature: float) -> torch.Tensor:
     """log π(a|s) `[B]` of softmax(Q(s,·)/τ), or of the actor. Its actions at ±1, where the density is infinite, count
-    as ±0.999: cloning and held-out likelihoods are of those."""
+    as ±0.999 (DEVIATION): cloning and held-out likelihoods are of those."""
     if actor:
         return log_density(*actor(obs), torch.atanh(action.clamp(-0.999, 0.999)))
     return F.log_softmax(network(obs) / max(temperature, 1e-6), 1).gather(1, action[:, None]).squeeze(1)

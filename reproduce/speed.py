@@ -4,9 +4,11 @@
 
 The bare work is forward, backward and optimiser step of the same network on a batch that is in place. The loop is
 `train()` with the environment stubbed and evaluation off. Both take turns; medians go to speed.csv and speed.md, a column
-for each machine, in place of an older one. Where a case says `--compile` the loop has it, and the bare work has not.
+for each machine, in place of older ones. Where a case says `--compile` the loop has it, and the bare work has not.
 """
+import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -193,6 +195,16 @@ def sampling_seconds(size: int) -> float:
     return float(np.median(times))
 
 
+def peak_memory(command: str) -> int:
+    """Megabytes that a script's process takes at most."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [sys.executable, *command.split(), "--out-dir", folder]
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, command
+    return usage.ru_maxrss // 1024
+
+
 def table(rows: list[dict]) -> str:
     """Markdown: a line for each measure, a column for each machine."""
     machines, measures = (list(dict.fromkeys(r[name] for r in rows)) for name in ("machine", "what"))
@@ -203,10 +215,10 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(machine: str = "this machine"):
-    """Measure all cases; `machine` heads their column."""
+def main(machine: str = "this machine", only: str = ""):
+    """Measure the cases that have `only` in their name; `machine` heads their column."""
     rows = []
-    for name, module, args, shape, batch, updates in cases():
+    for name, module, args, shape, batch, updates in (case for case in cases() if only in case[0]):
         make_envs, replay = module.make_envs, getattr(module, "Replay", None)
         actions = Box(-1, 1, (6,)) if module is iq_continuous else Discrete(6 if module is iq_atari else 2)
         dtype = np.uint8 if module is iq_atari else np.float32
@@ -236,16 +248,21 @@ def main(machine: str = "this machine"):
                  {"what": f"{name}: bare / loop", "value": round(bare / loop, 2)},
                  {"what": f"{name}: updates per second", "value": round(1 / loop, 1)}]
     for turn, size in ((turn, size) for turn in ("first", "second") for size in (10**4, 10**6)):
-        microseconds = round(1e6 * sampling_seconds(size), 1)
-        rows.append({"what": f"CartPole: sample 32 of {size:,}, {turn} turn, µs", "value": microseconds})
+        if only in (what := f"CartPole: sample 32 of {size:,}, {turn} turn, µs"):
+            rows.append({"what": what, "value": round(1e6 * sampling_seconds(size), 1)})
     replay = iq_atari.Replay(8000, 8, "cpu")
     size = sum(v.numel() * v.element_size() for v in vars(replay).values() if isinstance(v, torch.Tensor))
-    rows.append({"what": "Atari replay, bytes per transition", "value": size / 8000})
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    rows.append({"what": "this process's peak memory, MB", "value": peak})
-    origin = {"commit": code_commit(), "command": f"python reproduce/speed.py --machine '{machine}'",
-              "threads": torch.get_num_threads()}
-    others = [r for r in read_rows(FOLDER / "speed.csv") if r["machine"] != machine]
+    few = "iq_atari.py --pretrain-updates 4 --eval-every 0 --checkpoint-every 0"
+    for what, measure in (
+            ("Atari replay, bytes per transition", lambda: size / 8000),
+            ("this process's peak memory, MB", lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024),
+            ("Pong, 20 games: peak memory, MB, beside what is played", lambda: peak_memory(few))):
+        if only in what:
+            rows.append({"what": what, "value": measure()})
+    origin = {"commit": code_commit(), "threads": torch.get_num_threads(),
+              "command": f"python reproduce/speed.py --machine '{machine}'" + f" --only '{only}'" * bool(only)}
+    measured = {(machine, row["what"]) for row in rows}
+    others = [r for r in read_rows(FOLDER / "speed.csv") if (r["machine"], r["what"]) not in measured]
     write_rows(FOLDER / "speed.csv", others + [{"machine": machine} | row | origin for row in rows])
     (FOLDER / "speed.md").write_text(table(read_rows(FOLDER / "speed.csv")))
     print(table(read_rows(FOLDER / "speed.csv")))

@@ -375,7 +375,7 @@ def test_track_logs_offline_with_the_video(command, tmp_path):
     assert len(logs) == 2 and set(logs.values()) == {log.stem}  # both of one run
 
 
-BOOLEANS = [(script, f.name) for script in ("iq_discrete", "iq_continuous")
+BOOLEANS = [(script, f.name) for script in ("iq_discrete", "iq_continuous", "iq_atari")
             for f in dataclasses.fields(MODULES[script].Args)
             if f.type is bool and f.name not in ("track", "compile", "capture_video")]
 
@@ -387,7 +387,8 @@ def test_every_switch_both_ways(script, name, command, tmp_path):
     for value in (f"--{flag}", f"--no-{flag}"):
         arguments = command(script, "--run-name", value.strip("-"), value)
         if grid:
-            arguments += ["--env-id", "GridWorld-v0", "--demos", str(ROOT / "demos" / "GridWorld-v0.npz")]
+            arguments += ["--env-id", "GridWorld-v0", "--demos", str(ROOT / "demos" / "GridWorld-v0.npz"),
+                          "--network", "mlp", "--pretrain-updates", "0"]
         assert MODULES[script].main(arguments) == 0
         assert json.loads((tmp_path / value.strip("-") / "args.json").read_text())[name] is not value.startswith("--no")
         assert (tmp_path / value.strip("-") / "model.pt").exists() is (name != "save_model" or not value.startswith("--no"))

@@ -1,5 +1,6 @@
 """What would go wrong without a word: numbers that are reported, seeds, what losses and optimisers are given, statistics,
 what play stores. Each test failed on a script that was broken in one place and passed all the others."""
+import csv
 import os
 import shutil
 import signal
@@ -279,7 +280,8 @@ def test_evaluation_is_in_the_environment_of_the_model(go, tmp_path, monkeypatch
     for module, env, flag, name in ((iq_discrete, "GridWorld-v0", "--random-walls", "random_walls"),
                                     (iq_ilo, "PointMaze-v0", "--random-start", "random_start")):
         demos, played = module.demonstrations_path(module.Args(env_id=env)), []
-        go(module, f"--env-id {env} {flag} --demos {demos}", env)
+        few = " --pretrain-updates 2" * (module is iq_discrete)
+        go(module, f"--env-id {env} {flag} --demos {demos}{few}", env)
         monkeypatch.setattr(module, "evaluate", lambda _, args, *more, played=played: played.append(args) or np.zeros(2))
         assert module.main(["--evaluate", str(tmp_path / env / "model.pt")]) == 0
         assert played and all(getattr(args, name) for args in played)  # by the model, and by random actions
@@ -671,6 +673,17 @@ def test_frames_from_which_nothing_was_played_are_written_over(go, tmp_path, mon
     assert min(int(replay.sample(8).action.min()) for _ in range(200)) >= 3
 
 
+def test_the_random_grids_have_the_settings_that_were_measured():
+    walls = ["--env-id", "GridWorld-v0", "--random-walls"]
+    args = iq_discrete.parse_args([*walls, "--temperature", "0.3"])
+    assert (args.network, args.pretrain_updates, args.temperature) == ("cnn", 4_000, 0.3)
+    assert iq_discrete.parse_args(walls[:2]).network == "mlp" and iq_discrete.parse_args([]).pretrain_updates == 0
+    with open(ROOT / "reproduce" / "discrete.csv") as file:
+        (command,) = {row["command"].split(" --seed ")[0] for row in csv.DictReader(file)
+                      if (row["task"], row["method"]) == ("GridWorld, random walls, CNN", "iq")}
+    assert vars(iq_discrete.parse_args(command.split()[2:])) == vars(iq_discrete.parse_args(walls))
+
+
 def test_offline_names_the_script_that_an_environment_is_in(tmp_path, capsys):
     demos = ROOT / "demos" / "GridWorld-v0.npz"
     given = f"--demos {demos} --total-updates 2 --num-demos 1 --out-dir {tmp_path} --run-name run"
@@ -706,7 +719,7 @@ def test_a_given_switch_must_be_the_models_own(go, tmp_path, capsys):
     model = str(tmp_path / "run" / "model.pt")
     assert iq_ilo.main(["--evaluate", model, "--barrier", "right"]) == 2 and "--barrier" in capsys.readouterr().err
     assert iq_ilo.main(["--evaluate", model, "--barrier", "left", "--eval-episodes", "1"]) == 0
-    go(iq_discrete, "--env-id GridWorld-v0 --num-demos 2 --random-walls", "grid")
+    go(iq_discrete, "--env-id GridWorld-v0 --num-demos 2 --random-walls --pretrain-updates 2", "grid")
     model = str(tmp_path / "grid" / "model.pt")
     assert iq_discrete.main(["--evaluate", model, "--no-random-walls"]) == 2 and "--random-walls" in capsys.readouterr().err
     assert iq_discrete.main(["--evaluate", model, "--eval-episodes", "1"]) == 0
