@@ -14,7 +14,8 @@ from common import keep_curve, read_rows, run_all
 
 FOLDER = Path(__file__).resolve().parent
 CURVES = FOLDER / "ladder_mujoco_curves.csv"
-TASKS = {"Hopper-v5": "--total-timesteps 40000", "Walker2d-v5": "--total-timesteps 60000"}
+TASKS = ("Hopper-v5", "Walker2d-v5")
+STEPS = 30_000
 VARIANTS = {
     "as they are": "",
     "raw observations": " --no-standardize-obs",
@@ -44,10 +45,10 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(cores: tuple[int, ...] = (0, 1), tasks: tuple[str, ...] = tuple(TASKS), seeds: tuple[int, ...] = (1,)):
+def main(cores: tuple[int, ...] = (0, 1), tasks: tuple[str, ...] = TASKS, seeds: tuple[int, ...] = (1,)):
     """Run what is missing."""
     jobs = [({"task": task, "variant": variant, "seed": seed},
-             f"iq_continuous.py --env-id {task} {TASKS[task]} --eval-every 5000 --seed {seed}{flags} "
+             f"iq_continuous.py --env-id {task} --total-timesteps {STEPS} --eval-every 5000 --seed {seed}{flags} "
              f"--run-name ladder_{task}_{variant.replace(' ', '-')}_{seed}")
             for seed in seeds for task in tasks for variant, flags in VARIANTS.items()]
 
