@@ -17,6 +17,8 @@ ENTRIES = [
      f"{DISCRETE} --env-id Acrobot-v1`"),
     ("LunarLander, 10", "discrete", {"task": "LunarLander", "demos": "10", "method": "iq"}, {"method": "bc"},
      "offline: 283 (278)", f"{DISCRETE} --env-id LunarLander-v3`"),
+    ("GridWorld, random walls, 1,000", "discrete", {"task": "GridWorld, random walls, CNN", "method": "iq"},
+     {"method": "bc"}, "", f"{DISCRETE} --env-id GridWorld-v0 --random-walls`"),
     ("HalfCheetah, 1", "table3_mujoco", {"task": "HalfCheetah-v5", "method": "iq"}, {"method": "bc"}, "5077 (5098)",
      f"{CONTINUOUS}`"),
     ("Hopper, 1", "table3_mujoco", {"task": "Hopper-v5", "method": "iq"}, {"method": "bc"}, "3546 (3533)",
@@ -53,9 +55,9 @@ ENTRIES = [
 
 
 def mean_sd(rows: list[dict], name: str) -> str:
-    """`mean ± sd` over seeds, with a digit below a thousand; the mean alone of one row."""
+    """`mean ± sd` over seeds, with a digit below a thousand and two for shares; the mean alone of one row."""
     values = np.array([float(row[name]) for row in rows])
-    digits = 1 if abs(values.mean()) < 1000 else 0
+    digits = 2 if abs(values.mean()) <= 1 else 1 if abs(values.mean()) < 1000 else 0
     return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
 
 

@@ -157,8 +157,10 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
         f"they score {mean(method='iq', **curve):.1f}, clones {mean(method='bc', **curve):.1f}",
         f"Walker2d has {mean('offline_mujoco', task='Walker2d-v5', method='iq', **offline):.0f} "
         f"(cloning {mean('offline_mujoco', task='Walker2d-v5', method='bc', **offline):.0f})",
-        f"over 20 more {mean('figure2_draws', task='CartPole', method='chi2'):.0f} "
-        f"(cloning {mean('figure2_draws', task='CartPole', method='bc'):.0f})",
+        "over 20 more draws, " + ", ".join(
+            f"{task} {mean('figure2_draws', task=name, demos=n, method='chi2'):.0f} "
+            f"(cloning {mean('figure2_draws', task=name, demos=n, method='bc'):.0f})"
+            for task, name, n in (("CartPole has", "CartPole", "1"), ("LunarLander from three", "LunarLander", "3"))),
         f"Ant {mean('offline_mujoco', task='Ant-v5', method='iq', **offline):.0f} "
         f"({mean('offline_mujoco', task='Ant-v5', method='bc', **offline):.0f})",
     ]
