@@ -420,6 +420,10 @@ def choose_transitions(args: Args, lengths: np.ndarray) -> tuple[np.ndarray, np.
     return chosen, np.repeat(np.arange(len(chosen)), [len(t) for t in times]), np.concatenate(times)
 
 
+OTHER_RECORDING = ("its seeds, actions, episode_lengths and returns are not of one recording with AtariVectorEnv(game, n, "
+                   "reward_clipping=False) and its other defaults, or this emulator differs (bundled files: ale-py 0.12.1)")
+
+
 def simulate(where: str, args: Args, data: dict[str, np.ndarray], chosen: np.ndarray):
     """Play recorded actions again, all the chosen episodes side by side, and verify that they end when and with the
     return that was recorded.
@@ -445,7 +449,7 @@ def simulate(where: str, args: Args, data: dict[str, np.ndarray], chosen: np.nda
         obs, reward, terminated, truncated, info = envs.step(actions[t])
         running, ends = t < lengths, t + 1 == lengths
         check(not (running & ((terminated | truncated) != ends)).any(), f"{where}: an episode did not end when recorded: "
-              "this emulator differs from that of the recording (the bundled files were made with ale-py 0.12.1)")
+              + OTHER_RECORDING)
         returns += np.where(running, reward, 0)
         frames[start[running] + t + 1] = obs[running, -1]
         if ends.any():  # obs is the next episode's first there
@@ -454,7 +458,7 @@ def simulate(where: str, args: Args, data: dict[str, np.ndarray], chosen: np.nda
     envs.close()
     recorded = data["returns"][chosen]
     check((returns == recorded).all(), f"{where}: replayed returns {returns.tolist()}, recorded {recorded.tolist()}: "
-          "this emulator differs from that of the recording (the bundled files were made with ale-py 0.12.1)")
+          + OTHER_RECORDING)
     return frames, terminations
 
 
@@ -484,7 +488,8 @@ def load_demonstrations(args: Args, num_actions: int, device) -> Demonstrations:
     else:
         for name, kind in (("seeds", "iu"), ("returns", "iuf")):
             check(data[name].shape == lengths.shape and data[name].dtype.kind in kind,
-                  f"{where}: {name} must be one number for each of the {len(lengths)} episodes")
+                  f"{where}: {name} of {data[name].dtype} and shape {data[name].shape}, expected "
+                  f"{'integers' if kind == 'iu' else 'numbers'}, one for each of the {len(lengths)} episodes")
         check((data["seeds"] >= 0).all() and (data["seeds"] < 2**31).all(),
               f"{where}: seeds from {data['seeds'].min()} to {data['seeds'].max()}, expected 0 to 2^31 - 1")
         frames, terminations = simulate(where, args, data, chosen)
@@ -754,7 +759,7 @@ class Run:
         self.terms, self.due = {}, False  # what the last update logged; whether a report is still to be made
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if args.eval_every else np.nan
-        name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
+        name = args.run_name or f"{re.sub('[/:]', '-', args.env_id)}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
         self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.open_directory(Path(args.out_dir) / name)
@@ -910,7 +915,7 @@ class Run:
             self.wandb.finish()
         if self.signum:
             resume = shlex.join(["python", called, "--resume", str(self.dir)])
-            print(f"stopped at step {self.step}; to continue: {resume}", flush=True)
+            print(f"stopped at step {self.step}, update {self.updates}; to continue: {resume}", flush=True)
             raise SystemExit(128 + self.signum)
         seconds = time.time() - self.start
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
@@ -1041,6 +1046,7 @@ def train(args: Args) -> Path:
 
 def play(args: Args) -> None:
     """Evaluate a saved model in the environment that it was trained in, and print the final line."""
+    check(args.resume is None, "--evaluate: it plays a model, and --resume trains on: give one of them")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     network, saved = load_model(args.evaluate, device)
     network.autocast = saved["args"]["bfloat16"] and has_bfloat16(device)  # as in training

@@ -292,7 +292,8 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
                 raise ValueError("it renders no array [H, W, 3]")
         except Exception as error:  # each simulator has its own: no display, a package missing
             raise BadInput(f"--capture-video: {args.env_id} cannot be rendered here (without a display, MuJoCo "
-                           f"takes the environment variable MUJOCO_GL=egl): {' '.join(str(error).split())}") from None
+                           f"takes the environment variable MUJOCO_GL=egl): "
+                           f"{' '.join(str(error).split()) or type(error).__name__}") from None
     return envs
 
 
@@ -807,7 +808,7 @@ class Run:
         self.terms, self.due = {}, False  # what the last update logged; whether a report is still to be made
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if args.eval_every else np.nan
-        name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
+        name = args.run_name or f"{re.sub('[/:]', '-', args.env_id)}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
         self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.open_directory(Path(args.out_dir) / name)
@@ -964,7 +965,7 @@ class Run:
             self.wandb.finish()
         if self.signum:
             resume = shlex.join(["python", called, "--resume", str(self.dir)])
-            print(f"stopped at step {self.step}; to continue: {resume}", flush=True)
+            print(f"stopped at step {self.step}, update {self.updates}; to continue: {resume}", flush=True)
             raise SystemExit(128 + self.signum)
         seconds = time.time() - self.start
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
@@ -1018,7 +1019,8 @@ def make_update(actor, critic, target, average, optimizers, n_expert: int, args:
 
 
 def train(args: Args) -> Path:
-    """Train from demonstrations and the agent's own play; returns the run directory.
+    """Train from demonstrations and the agent's own play; returns the run directory. `Args()` are the plain defaults,
+    `parse_args(["--env-id", X])` those of a task.
 
     Raises:
         BadInput: before anything is written.
@@ -1123,6 +1125,7 @@ def train(args: Args) -> Path:
 
 def play(args: Args) -> None:
     """Evaluate a saved model in the environment that it was trained in, and print the final line."""
+    check(args.resume is None, "--evaluate: it plays a model, and --resume trains on: give one of them")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     actor, _, saved = load_model(args.evaluate, device)
     check(args.env_id in ("", saved["env_id"]),

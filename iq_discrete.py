@@ -355,7 +355,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
                 raise ValueError("it renders no array [H, W, 3]")
         except Exception as error:  # each simulator has its own: no display, a package missing
             raise BadInput(f"--capture-video: {args.env_id} cannot be rendered here: "
-                           f"{' '.join(str(error).split())}") from None
+                           f"{' '.join(str(error).split()) or type(error).__name__}") from None
     return envs
 
 
@@ -879,7 +879,7 @@ class Run:
         self.terms, self.due = {}, False  # what the last update logged; whether a report is still to be made
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if args.eval_every else np.nan
-        name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
+        name = args.run_name or f"{re.sub('[/:]', '-', args.env_id)}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
         self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.open_directory(Path(args.out_dir) / name)
@@ -1035,7 +1035,7 @@ class Run:
             self.wandb.finish()
         if self.signum:
             resume = shlex.join(["python", called, "--resume", str(self.dir)])
-            print(f"stopped at step {self.step}; to continue: {resume}", flush=True)
+            print(f"stopped at step {self.step}, update {self.updates}; to continue: {resume}", flush=True)
             raise SystemExit(128 + self.signum)
         seconds = time.time() - self.start
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
@@ -1092,7 +1092,8 @@ def make_update(network, target, average, optimizer, n_expert: int, args: Args):
 
 
 def train(args: Args) -> Path:
-    """Train from demonstrations and the agent's own play; returns the run directory.
+    """Train from demonstrations and the agent's own play; returns the run directory. `Args()` are the plain defaults,
+    `parse_args(["--env-id", X])` those of a task.
 
     Raises:
         BadInput: before anything is written.
@@ -1112,6 +1113,9 @@ def train(args: Args) -> Path:
     obs_shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
     check(args.network == "mlp" or args.env_id == "GridWorld-v0" and not args.standardize_obs,
           f"--network cnn: it is for GridWorld-v0, not {args.env_id}, and takes its observations as they are")
+    switched = [name for name in ("grid_size", *GRID_SWITCHES) if getattr(args, name) != getattr(Args(), name)]
+    check(args.env_id == "GridWorld-v0" or not switched,
+          f"--{switched[0].replace('_', '-') if switched else ''}: it is for GridWorld-v0, not {args.env_id}")
     demos = load_demonstrations(args, obs_shape, num_actions, device)
 
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
@@ -1187,6 +1191,7 @@ def train(args: Args) -> Path:
 
 def play(args: Args) -> None:
     """Evaluate a saved model in the environment that it was trained in, and print the final line."""
+    check(args.resume is None, "--evaluate: it plays a model, and --resume trains on: give one of them")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     network, saved = load_model(args.evaluate, device)
     check(args.env_id in ("", saved["env_id"]),

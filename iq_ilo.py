@@ -377,7 +377,8 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
                 raise ValueError("it renders no array [H, W, 3]")
         except Exception as error:  # each simulator has its own: no display, a package missing
             raise BadInput(f"--capture-video: {args.env_id} cannot be rendered here (without a display, MuJoCo "
-                           f"takes the environment variable MUJOCO_GL=egl): {' '.join(str(error).split())}") from None
+                           f"takes the environment variable MUJOCO_GL=egl): "
+                           f"{' '.join(str(error).split()) or type(error).__name__}") from None
     return envs
 
 
@@ -1038,7 +1039,7 @@ class Run:
         self.terms, self.due = {}, False  # what the last update logged; whether a report is still to be made
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if args.eval_every else np.nan
-        name = args.run_name or f"{args.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
+        name = args.run_name or f"{re.sub('[/:]', '-', args.env_id)}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
         self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.open_directory(Path(args.out_dir) / name)
@@ -1195,7 +1196,7 @@ class Run:
             self.wandb.finish()
         if self.signum:
             resume = shlex.join(["python", called, "--resume", str(self.dir)])
-            print(f"stopped at step {self.step}; to continue: {resume}", flush=True)
+            print(f"stopped at step {self.step}, update {self.updates}; to continue: {resume}", flush=True)
             raise SystemExit(128 + self.signum)
         seconds = time.time() - self.start
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
@@ -1299,7 +1300,8 @@ def fit_reward(critic, policy, idm, demos: Demonstrations, replay: Replay, args:
 
 
 def train(args: Args) -> Path:
-    """Train from observations and the agent's own play; returns the run directory.
+    """Train from observations and the agent's own play; returns the run directory. `Args()` are the plain defaults,
+    `parse_args(["--env-id", X])` those of a task.
 
     Raises:
         BadInput: before anything is written.
@@ -1319,6 +1321,9 @@ def train(args: Args) -> Path:
     obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
     discrete = isinstance(action_space, gym.spaces.Discrete)
     num_actions = int(action_space.n) if discrete else len(action_space.low)
+    switched = [name for name in MAZE_SWITCHES if getattr(args, name) != getattr(Args(), name)]
+    check(args.env_id == "PointMaze-v0" or not switched,
+          f"--{switched[0].replace('_', '-') if switched else ''}: it is for PointMaze-v0, not {args.env_id}")
     demos = load_demonstrations(args, obs_shape, device)
     check(args.obs_dims <= np.prod(obs_shape), f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}")
     limit = 10.0 if args.standardize_obs else np.inf  # in deviations; raw observations are not clipped
@@ -1407,6 +1412,7 @@ def train(args: Args) -> Path:
 
 def play(args: Args) -> None:
     """Evaluate a saved model in the environment that it was trained in, and print the final line."""
+    check(args.resume is None, "--evaluate: it plays a model, and --resume trains on: give one of them")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     policy, _, _, saved = load_model(args.evaluate, device)
     check(args.env_id in ("", saved["env_id"]),

@@ -281,7 +281,8 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
                 raise ValueError("it renders no array [H, W, 3]")
         except Exception as error:  # each simulator has its own: no display, a package missing
             raise BadInput(f"--capture-video: {args.env_id} cannot be rendered here (without a display, MuJoCo "
-                           f"takes the environment variable MUJOCO_GL=egl): {' '.join(str(error).split())}") from None
+                           f"takes the environment variable MUJOCO_GL=egl): "
+                           f"{' '.join(str(error).split()) or type(error).__name__}") from None
     return envs
 
 
@@ -603,7 +604,7 @@ def find_spaces(where: str, data: dict[str, np.ndarray], spaces: Spaces | None) 
     unknown = ~((np.abs(low) < 1e30) & (np.abs(high) < 1e30))  # float32's limits stand for none, too
     if unknown.any():
         print(f"warning: no bounds of action dimensions {np.flatnonzero(unknown).tolist()} are known, so they are taken "
-              "from the demonstrations' extremes", file=sys.stderr)
+              "from the demonstrations' extremes; action_low and action_high in the file would tell them", file=sys.stderr)
         low, high = np.where(unknown, actions.min(0), low), np.where(unknown, actions.max(0), high)
         low, high = np.where(unknown & (low == high), low - 1, low), np.where(unknown & (low == high), high + 1, high)
     check((low < high).all(), f"{where}: action_low {low} and action_high {high}, expected low below high")
@@ -941,7 +942,7 @@ class Run:
         self.terms, self.due = {}, False  # what the last update logged; whether a report is still to be made
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args) if self.evaluated else np.nan
-        name = args.run_name or f"{self.env_id.replace('/', '-')}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
+        name = args.run_name or f"{re.sub('[/:]', '-', self.env_id)}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
         self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.open_directory(Path(args.out_dir) / name)
@@ -1163,7 +1164,8 @@ def make_update(network, target, actor, average, optimizer, actor_optimizer, arg
 
 
 def train(args: Args) -> Path:
-    """Train from demonstrations alone; returns the run directory.
+    """Train from demonstrations alone; returns the run directory. `Args()` are the plain defaults,
+    `parse_args(["--env-id", X])` those of a task.
 
     Raises:
         BadInput: before anything is written.
@@ -1180,6 +1182,10 @@ def train(args: Args) -> Path:
     obs_shape, num_actions, action_low, action_high = demos.spaces
     check(args.obs_dims <= np.prod(obs_shape), f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}")
 
+    idle = ("actor_lr", "critic_lr", "cloning_weight") if num_actions else ("learning_rate",)
+    for name in (name for name in idle if getattr(args, name) != getattr(Args(), name)):
+        print(f"warning: --{name.replace('_', '-')} does nothing with {'discrete' if num_actions else 'continuous'} actions",
+              file=sys.stderr)
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
     size = (args.hidden_size, args.hidden_layers, args.bias)
     limit = 10.0 if args.standardize_obs else np.inf  # in deviations; raw observations are not clipped

@@ -684,6 +684,29 @@ def test_the_random_grids_have_the_settings_that_were_measured():
     assert vars(iq_discrete.parse_args(command.split()[2:])) == vars(iq_discrete.parse_args(walls))
 
 
+@pytest.mark.parametrize("module, flags", [(iq_discrete, "--random-walls --demos demos/CartPole-v1.npz"),
+                                           (iq_discrete, "--grid-size 5"), (iq_ilo, "--barrier left")])
+def test_a_switch_of_another_environment_is_bad_input(module, flags, tmp_path, capsys):
+    assert module.main(f"{flags} --num-demos 1 --out-dir {tmp_path}".split()) == 2 and not list(tmp_path.iterdir())
+    home = "GridWorld" if module is iq_discrete else "PointMaze"
+    assert f"{flags.split()[0]}: it is for {home}-v0" in capsys.readouterr().err
+
+
+def test_a_learning_rate_of_the_other_kind_of_actions_is_told(go, capsys):
+    go(iq_offline, "--actor-lr 0.1")
+    assert "warning: --actor-lr does nothing with discrete actions" in capsys.readouterr().err
+    go(iq_offline, "", "plain")
+    assert "does nothing" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_evaluation_and_resuming_are_two_things(module, go, tmp_path, capsys):
+    go(module)
+    run = tmp_path / "run"
+    assert module.main(["--resume", str(run), "--evaluate", str(run / "model.pt")]) == 2
+    assert "--evaluate" in capsys.readouterr().err
+
+
 def test_offline_names_the_script_that_an_environment_is_in(tmp_path, capsys):
     demos = ROOT / "demos" / "GridWorld-v0.npz"
     given = f"--demos {demos} --total-updates 2 --num-demos 1 --out-dir {tmp_path} --run-name run"
