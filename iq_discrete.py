@@ -1113,9 +1113,9 @@ def train(args: Args) -> Path:
     obs_shape, num_actions = envs.single_observation_space.shape, int(envs.single_action_space.n)
     check(args.network == "mlp" or args.env_id == "GridWorld-v0" and not args.standardize_obs,
           f"--network cnn: it is for GridWorld-v0, not {args.env_id}, and takes its observations as they are")
-    switched = [name for name in ("grid_size", *GRID_SWITCHES) if getattr(args, name) != getattr(Args(), name)]
-    check(args.env_id == "GridWorld-v0" or not switched,
-          f"--{switched[0].replace('_', '-') if switched else ''}: it is for GridWorld-v0, not {args.env_id}")
+    for name in ("grid_size", *GRID_SWITCHES):
+        check(args.env_id == "GridWorld-v0" or getattr(args, name) == getattr(Args(), name),
+              f"--{name.replace('_', '-')}: it is for GridWorld-v0, not {args.env_id}")
     demos = load_demonstrations(args, obs_shape, num_actions, device)
 
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")

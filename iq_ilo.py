@@ -1321,9 +1321,9 @@ def train(args: Args) -> Path:
     obs_shape, action_space = envs.single_observation_space.shape, envs.single_action_space
     discrete = isinstance(action_space, gym.spaces.Discrete)
     num_actions = int(action_space.n) if discrete else len(action_space.low)
-    switched = [name for name in MAZE_SWITCHES if getattr(args, name) != getattr(Args(), name)]
-    check(args.env_id == "PointMaze-v0" or not switched,
-          f"--{switched[0].replace('_', '-') if switched else ''}: it is for PointMaze-v0, not {args.env_id}")
+    for name in MAZE_SWITCHES:
+        check(args.env_id == "PointMaze-v0" or getattr(args, name) == getattr(Args(), name),
+              f"--{name.replace('_', '-')}: it is for PointMaze-v0, not {args.env_id}")
     demos = load_demonstrations(args, obs_shape, device)
     check(args.obs_dims <= np.prod(obs_shape), f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}")
     limit = 10.0 if args.standardize_obs else np.inf  # in deviations; raw observations are not clipped
