@@ -72,7 +72,7 @@ def test_the_readme_is_short_and_has_one_line_for_each_set_up_command():
 
 
 @pytest.mark.parametrize("name", ["discrete", "pong", "figure2_offline", "table3_mujoco", "offline_mujoco", "table6_ilo",
-                                  "figure5_maze", "figure12_rewards", "speed"])
+                                  "figure5_maze", "figure12_rewards", "speed", "ladder_mujoco"])
 def test_the_tables_are_made_from_the_csv_files(name):
     """reproduce/<name>.md is what <name>.csv gives."""
     module = importlib.import_module(name)
@@ -164,6 +164,11 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
         f"Ant {mean('offline_mujoco', task='Ant-v5', method='iq', **offline):.0f} "
         f"({mean('offline_mujoco', task='Ant-v5', method='bc', **offline):.0f})",
     ]
+    shares = {variant: [mean("ladder_mujoco", task=task, variant=variant) / mean("ladder_mujoco", "expert", task=task)
+                        for task in ("Hopper-v5", "Walker2d-v5")]
+              for variant in ("as they are", "raw observations", "no LayerNorm", "no moving average")}
+    words = ("one tuning seed: ", "raw ", "LayerNorm in the critic (without it ", "a moving average (without it ")
+    sentences += [f"{before}{hopper:.2f} and {walker:.2f}" for before, (hopper, walker) in zip(words, shares.values())]
     assert mean("pong", "lost_of_48", method="iq") == 0 and mean("pong", "lost_of_48", method="bc") == 17 / 3
     text = " ".join(README.split())
     assert [sentence for sentence in sentences if sentence not in text] == []
