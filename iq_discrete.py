@@ -68,7 +68,7 @@ SETTINGS: dict[str, dict] = {
                     "hidden_size": 256, "learning_rate": 3e-4, "average_rate": 0.0005},
     "GridWorld": {"total_timesteps": 5_000},
 }
-# Where walls, start or goal of the GridWorld are random: 0.99 of new walls solved, 0.35 by the MLP (64 units).
+# Where walls, start or goal of the GridWorld are random: 0.95 of the walls that no demonstration has, by the MLP 0.25.
 RANDOM_GRID = {"network": "cnn", "hidden_size": 16, "num_demos": 0, "pretrain_updates": 4_000, "total_timesteps": 500,
                "eval_every": 1_000, "value_loss": "value_expert", "chi2_alpha": 5.0, "temperature": 0.1}
 
@@ -870,8 +870,8 @@ def save_atomically(content: dict, path: Path) -> None:
 
 class Run:
     """A run's directory, counters, rows and checkpoints: `pretrain` updates on demonstrations, then `total` steps.
-    Within `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two steps; a second one acts at
-    once."""
+    From its creation to the end of `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two steps; a
+    second one acts at once."""
 
     def __init__(self, args: Args, device, demos, parts: dict, policy, pretrain: int, total: int, label: str):
         self.args, self.device, self.demos, self.policy = args, device, demos, policy

@@ -189,6 +189,8 @@ def test_what_play_in_the_loss_costs_on_lunar_lander_is_said_beside_its_settings
         played = mean("discrete", task="LunarLander, play in the loss", demos=demos)
         own = mean("discrete", task="LunarLander", method="iq", demos=demos)
         assert f"{played:.0f} instead of {own:.0f} {words}" in comments
+    cnn, mlp = (mean("discrete", "success", task=f"GridWorld, random walls, {net}", method="iq") for net in ("CNN", "MLP"))
+    assert f"{cnn:.2f} of the walls that no demonstration has, by the MLP {mlp:.2f}" in comments
 
 
 # Least number of episodes in a file, where they are too large for the 30 of all the others.
