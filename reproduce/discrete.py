@@ -2,9 +2,10 @@
 
     python reproduce/discrete.py
 
-Writes discrete.csv, a row for each run, and discrete.md, the table. No seed was a tuning seed, but LunarLander's
-setting was chosen with both of its rows at hand, and CartPole's after these seeds had been read with the one before,
-as Acrobot's with earlier demonstrations; NOTES.md has that, and what was read on 101 to 105.
+Writes discrete.csv, a row for each run, discrete_curves.csv, IQ-Learn's scores against environment steps, and discrete.md,
+the table. No seed was a tuning seed, but LunarLander's setting was chosen with both of its rows at hand, and CartPole's
+after these seeds had been read with the one before, as Acrobot's with earlier demonstrations; NOTES.md has that, and what
+was read on 101 to 105.
 """
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from common import ROOT, mean_sd, run_all
+from common import ROOT, keep_curve, mean_sd, read_rows, run_all
 
 sys.path.insert(0, str(ROOT))
 import iq_discrete
 
 FOLDER = Path(__file__).resolve().parent
+CURVES = FOLDER / "discrete_curves.csv"
 NUM_SEEDS = 5
 # Random walls: demonstrations first, then a little play.
 WALLS = ("--pretrain-updates 4000 --total-timesteps 500 --eval-every 1000 --value-loss value_expert --chi2-alpha 5 "
@@ -65,10 +67,18 @@ def grid_scores(run_dir: Path) -> dict:
     return {"success": successes / 100, "distance_ratio": float(np.nanmean(ratios)) if successes else np.nan}
 
 
+def steps_to_expert(row: dict, curves: list[dict]) -> float:
+    """Environment steps up to the run's first evaluation of at least 0.95, normalized; infinite if there is none."""
+    expert, random = float(row["expert"]), float(row["random"])
+    return min((int(c["step"]) for c in curves if all(c[name] == row[name] for name in ("task", "demos", "seed"))
+                and float(c["eval_return_mean"]) >= random + 0.95 * (expert - random)), default=np.inf)
+
+
 def table(rows: list[dict]) -> str:
-    """Markdown: one line for each task and number of demonstrations."""
-    lines = ["| task | demonstrations | IQ-Learn | cloning | expert | random | normalized | steps | updates | success | "
-             "ratio | success, cloning | ratio, cloning |", "|" + "---|" * 13]
+    """Markdown: one line for each task and number of demonstrations; `steps to 0.95` of each seed, of IQ-Learn's."""
+    lines = ["| task | demonstrations | IQ-Learn | cloning | expert | random | normalized | steps | updates | "
+             "steps to 0.95 | success | ratio | success, cloning | ratio, cloning |", "|" + "---|" * 14]
+    curves = read_rows(CURVES)
     for task, (_, numbers) in TASKS.items():
         for n in numbers:
             iq, bc = ([r for r in rows if (r["task"], r["demos"], r["method"]) == (own, str(n), method)]
@@ -77,16 +87,18 @@ def table(rows: list[dict]) -> str:
                 digits = 3 if "GridWorld" in task else 1
                 grid = [mean_sd([r for r in own if r[name] != "nan"], name, 2) if own[0].get(name) else ""  # nan: no success
                         for own in (iq, bc) for name in ("success", "distance_ratio")]
+                first = [steps_to_expert(r, curves) for r in sorted(iq, key=lambda r: r["seed"])]
+                first = ", ".join("never" if np.isinf(steps) else str(steps) for steps in first)
                 lines.append(f"| {task} | {n or 'all'} | {mean_sd(iq, 'eval_return', digits)} | "
                              f"{mean_sd(bc, 'eval_return', digits)} | {mean_sd(iq, 'expert', digits)} | "
                              f"{mean_sd(iq, 'random', digits)} | {mean_sd(iq, 'normalized', 3)} | {iq[0]['steps']} | "
-                             f"{iq[0]['updates']} | {' | '.join(grid)} |")
+                             f"{iq[0]['updates']} | {first} | {' | '.join(grid)} |")
     return "\n".join(lines) + "\n"
 
 
 def main(cores: tuple[int, ...] = (0, 1), only: str = ""):
     """Run what is missing; `only` keeps the tasks whose name contains it."""
-    jobs = []
+    jobs, of_run = [], {}
     for task, (flags, numbers) in TASKS.items():
         for n in numbers:
             for method, more in METHODS.items():
@@ -95,9 +107,17 @@ def main(cores: tuple[int, ...] = (0, 1), only: str = ""):
                     if only in task and (method == "iq" or task not in CLONES):
                         command = f"iq_discrete.py {flags} --num-demos {n} --seed {seed} --eval-episodes 20 {more}".strip()
                         name = command.removeprefix("iq_discrete.py ").replace("--", "").replace(" ", "_")
-                        jobs.append(({"task": task, "demos": n, "method": method, "seed": seed},
-                                     f"{command} --run-name {name}"))
-    rows = run_all(jobs, FOLDER / "discrete.csv", grid_scores, cores)
+                        labels = {"task": task, "demos": n, "method": method, "seed": seed}
+                        jobs.append((labels, f"{command} --run-name {name}"))
+                        of_run[name] = labels
+
+    def scores(run_dir: Path) -> dict:
+        labels = {name: str(value) for name, value in of_run[run_dir.name].items()}
+        if labels.pop("method") == "iq":
+            keep_curve(CURVES, labels, run_dir)
+        return grid_scores(run_dir)
+
+    rows = run_all(jobs, FOLDER / "discrete.csv", scores, cores)
     (FOLDER / "discrete.md").write_text(table(rows))
     print(table(rows))
 
