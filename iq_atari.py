@@ -33,6 +33,7 @@ import shutil
 import signal
 import struct
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -695,10 +696,12 @@ def evaluate(network, args: Args, device, stop: "Run | None" = None, frames: lis
     return None if running.any() else returns
 
 
-def random_return(args: Args) -> float:
-    """Mean return of random actions: from the table, else 20 episodes played now."""
+def random_return(args: Args, measure: bool = True) -> float:
+    """Mean return of random actions: from the table, else of 20 episodes played now, NaN without `measure`."""
     if (name := env_name(args.env_id)) in RANDOM_RETURN and ":" not in args.env_id:  # else a namesake of one's own
         return RANDOM_RETURN[name]
+    if not measure:
+        return np.nan
     print(f"measuring the return of random actions in {args.env_id}, 20 episodes", flush=True)
     return float(evaluate(None, replace(args, eval_episodes=20), "cpu").mean())
 
@@ -758,9 +761,10 @@ class Run:
         self.pretrain, self.total, self.signum = pretrain, total, 0
         self.terms, self.due = {}, False  # what the last update logged; whether a report is still to be made
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.random = random_return(args) if args.eval_every else np.nan
+        self.random = random_return(args, measure=args.eval_every > 0)
         name = args.run_name or f"{re.sub('[/:]', '-', args.env_id)}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
-        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        may = threading.current_thread() is threading.main_thread()  # no other may set them
+        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM) if may}
         try:
             self.open_directory(Path(args.out_dir) / name)
         except BaseException:
@@ -790,7 +794,7 @@ class Run:
                                f"({type(error).__name__})") from None
         else:
             check(not os.path.exists(path), f"--run-name: {path} exists already; take another name"
-                  + f", or --resume {path}" * (path / "checkpoint.pt").exists())
+                  + f", or --resume {path}" * os.path.isfile(path / "checkpoint.pt"))
             try:
                 path.mkdir(parents=True)
             except OSError as error:
@@ -1065,6 +1069,7 @@ def play(args: Args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed: bars are written to it
     for stream in (sys.stdout, sys.stderr):  # ± and γ where the locale has none
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     try:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
@@ -310,7 +311,7 @@ def test_a_signal_while_the_random_return_is_measured_leaves_no_directory(script
     """One without a checkpoint could be neither resumed nor begun anew under its name."""
     module = importlib.import_module(script)
 
-    def random_return(_):
+    def random_return(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "random_return", random_return)
@@ -807,6 +808,46 @@ def test_evaluation_gives_the_random_return_of_a_model_that_was_trained_without(
     assert MODULES[script].main(command(script, "--eval-every", "0")) == 0
     assert MODULES[script].main(["--evaluate", str(tmp_path / "run" / "model.pt"), "--eval-episodes", "1"]) == 0
     assert float(FINAL.search(capsys.readouterr().out.splitlines()[-1]).group(5)) == random
+
+
+@pytest.mark.parametrize("script, random", [("iq_discrete", 23.0), ("iq_atari", -20.3), ("iq_continuous", -1199.9),
+                                            ("iq_offline", 23.0), ("iq_ilo", 23.0)])
+def test_a_known_random_return_is_told_without_an_evaluation(script, random, command, tmp_path, capsys):
+    tiny = {"iq_offline": ["--demos", str(ROOT / "demos" / "CartPole-v1.npz"), "--total-updates", "5"],
+            "iq_ilo": ["--total-timesteps", "20", "--learning-starts", "10", "--reward-updates", "1"]}
+    flags = ["--out-dir", str(tmp_path), "--run-name", "run", *tiny[script]] if script in tiny else command(script)
+    assert importlib.import_module(script).main([*flags, "--eval-every", "0"]) == 0
+    told = FINAL.search(capsys.readouterr().out).groups()
+    assert float(told[4]) == random and told[0] == told[5] == "nan"
+
+
+def test_an_unknown_random_return_is_not_measured_without_an_evaluation(command, capsys):
+    grid = ["--env-id", "GridWorld-v0", "--demos", str(ROOT / "demos" / "GridWorld-v0.npz"), "--eval-every", "0"]
+    assert iq_discrete.main(command("iq_discrete", *grid)) == 0
+    out = capsys.readouterr().out
+    assert FINAL.search(out).group(5) == "nan" and "measuring" not in out
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_name_that_no_file_system_takes_is_bad_input(script, command, tmp_path, capsys):
+    own = command(script) if script in MODULES else ["--out-dir", str(tmp_path), "--env-id", "CartPole-v1"]
+    assert importlib.import_module(script).main([*own, "--run-name", "x" * 300]) == 2
+    assert "File name too long" in capsys.readouterr().err and not list(tmp_path.glob("x*"))
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
+def test_a_run_whose_output_is_closed_finishes(closed, command, tmp_path):
+    tiny = [sys.executable, str(ROOT / "iq_discrete.py"), *command("iq_discrete")]
+    assert subprocess.run(["bash", "-c", f'"$@" {closed}', "run", *tiny], timeout=120).returncode == 0
+    assert (tmp_path / "run" / "model.pt").exists()
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_training_in_a_thread_sets_no_signal_handlers(script, command, tmp_path):
+    """Python lets the main thread alone set them."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(MODULES[script].main, command(script)).result() == 0
+    assert (tmp_path / "run" / "model.pt").exists()
 
 
 def test_evaluation_refuses_switches_that_are_not_the_model_s(command, tmp_path, capsys):
