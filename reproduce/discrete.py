@@ -67,11 +67,12 @@ def grid_scores(run_dir: Path) -> dict:
     return {"success": successes / 100, "distance_ratio": float(np.nanmean(ratios)) if successes else np.nan}
 
 
-def steps_to_expert(row: dict, curves: list[dict]) -> float:
-    """Environment steps up to the run's first evaluation of at least 0.95, normalized; infinite if there is none."""
-    expert, random = float(row["expert"]), float(row["random"])
-    return min((int(c["step"]) for c in curves if all(c[name] == row[name] for name in ("task", "demos", "seed"))
-                and float(c["eval_return_mean"]) >= random + 0.95 * (expert - random)), default=np.inf)
+def steps_to_expert(row: dict, curves: list[dict]) -> str:
+    """Environment steps up to the run's first evaluation of at least 0.95, normalized; empty for one without a curve."""
+    own = [c for c in curves if all(c[name] == row[name] for name in ("task", "demos", "seed"))]
+    least = float(row["random"]) + 0.95 * (float(row["expert"]) - float(row["random"]))
+    reached = [int(c["step"]) for c in own if float(c["eval_return_mean"]) >= least]
+    return str(min(reached)) if reached else "never" * bool(own)
 
 
 def table(rows: list[dict]) -> str:
@@ -87,8 +88,7 @@ def table(rows: list[dict]) -> str:
                 digits = 3 if "GridWorld" in task else 1
                 grid = [mean_sd([r for r in own if r[name] != "nan"], name, 2) if own[0].get(name) else ""  # nan: no success
                         for own in (iq, bc) for name in ("success", "distance_ratio")]
-                first = [steps_to_expert(r, curves) for r in sorted(iq, key=lambda r: r["seed"])]
-                first = ", ".join("never" if np.isinf(steps) else str(steps) for steps in first)
+                first = ", ".join(filter(None, (steps_to_expert(r, curves) for r in sorted(iq, key=lambda r: r["seed"]))))
                 lines.append(f"| {task} | {n or 'all'} | {mean_sd(iq, 'eval_return', digits)} | "
                              f"{mean_sd(bc, 'eval_return', digits)} | {mean_sd(iq, 'expert', digits)} | "
                              f"{mean_sd(iq, 'random', digits)} | {mean_sd(iq, 'normalized', 3)} | {iq[0]['steps']} | "

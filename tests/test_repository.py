@@ -154,7 +154,11 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
         f"{mean('discrete', task='LunarLander, play in the loss', **one):.0f} with".replace("-", "−"),
         "Pong models score " + ", clones ".join(", ".join(f"{mean('pong', 'mean_of_48', method=method, seed=seed):.1f}"
                                                 for seed in ("106", "107", "108")) for method in ("iq", "bc")),
-        f"they score {mean(method='iq', **curve):.1f}, clones {mean(method='bc', **curve):.1f}",
+        f"after 4,000 updates: {mean(method='iq', **curve):.1f}, clones {mean(method='bc', **curve):.1f}",
+        f"After 6,000, one seed: {mean('pong', 'mean_of_48', method='iq-6000'):.1f} over the 48, with play in the loss "
+        f"{mean('pong', 'mean_of_48', method='iq-play'):.1f}",
+        f"(Pong, one seed: {mean('pong', 'mean_of_48', method='iq-6000'):.1f}, the last's "
+        f"{mean('pong', 'last_weights_mean_of_48', method='iq-6000'):.1f})",
         f"Walker2d has {mean('offline_mujoco', task='Walker2d-v5', method='iq', **offline):.0f} "
         f"(cloning {mean('offline_mujoco', task='Walker2d-v5', method='bc', **offline):.0f})",
         "over 20 more draws, " + ", ".join(
