@@ -188,6 +188,15 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
                          rf"cloning (alone: )?{cloned:.0f}\b", docstring.replace("; cloning", ", cloning")), task
 
 
+def test_the_steps_that_cartpole_needs_are_those_of_its_curves():
+    rows, curves = ([row for row in csv.DictReader((ROOT / "reproduce" / f"{name}.csv").read_text().splitlines())
+                     if row["task"] == "CartPole, 1 in 20" and row["demos"] == "1" and row.get("method", "iq") == "iq"]
+                    for name in ("discrete", "discrete_curves"))
+    steps = [int(importlib.import_module("discrete").steps_to_expert(row, curves)) for row in rows]
+    docstring = " ".join(importlib.import_module("iq_discrete").__doc__.split())
+    assert len(steps) == 5 and f"for the first time after {min(steps):,} to {max(steps):,};" in docstring
+
+
 def test_what_play_in_the_loss_costs_on_lunar_lander_is_said_beside_its_settings():
     comments = " ".join((ROOT / "iq_discrete.py").read_text().replace("# ", "").split())
     for demos, words in (("1", "from one trajectory"), ("10", "from ten")):
