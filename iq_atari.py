@@ -12,7 +12,8 @@ One network Q(s, a) over frames is the policy and the reward, r = Q(s,a) − γ 
 
     L = −E_expert[r] + E[V(s) − γ V(s')] + E[r²]/(4α)
 
-The game's score is never read in training. The defaults never play; they are what was measured:
+The game's score is never read in training. The defaults never play: with play in the last third of 6,000 updates 48 games
+read 6.1 on average, without it 18.3 (one seed).
 
     python iq_atari.py --env-id PongNoFrameskip-v4
 
@@ -754,7 +755,7 @@ def save_atomically(content: dict, path: Path) -> None:
 class Run:
     """A run's directory, counters, rows and checkpoints: `pretrain` updates on demonstrations, then `total` steps.
     From its creation to the end of `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two steps; a
-    second one acts at once."""
+    second one acts at once. Python lets the main thread alone catch them: in another they act as ever."""
 
     def __init__(self, args: Args, device, demos, parts: dict, policy, pretrain: int, total: int, label: str):
         self.args, self.device, self.demos, self.policy = args, device, demos, policy
@@ -763,8 +764,8 @@ class Run:
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args, measure=args.eval_every > 0)
         name = args.run_name or f"{re.sub('[/:]', '-', args.env_id)}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
-        may = threading.current_thread() is threading.main_thread()  # no other may set them
-        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM) if may}
+        in_main = threading.current_thread() is threading.main_thread()
+        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM) if in_main}
         try:
             self.open_directory(Path(args.out_dir) / name)
         except BaseException:

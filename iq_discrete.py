@@ -17,8 +17,8 @@ environment's reward is never read in training.
 
     python iq_discrete.py --env-id CartPole-v1 --num-demos 1 --subsample-freq 20
 
-scores 500.0 ± 0.0 over seeds 111 to 115 after 20,000 steps, from 25 transitions (cloning 372.4 ± 105.7), and 0.95 of
-that for the first time after 4,000 to 6,000; a minute or two of one core. The README has the other tasks.
+scores 500.0 ± 0.0 over seeds 111 to 115 after 20,000 steps, from 25 transitions (cloning 372.4 ± 105.7), a
+normalized score of 0.95 for the first time after 4,000 to 6,000; a minute or two of one core. The README has the rest.
 
 Departures from the paper are marked DEVIATION where they act. This is the first of the five scripts:
 `diff iq_discrete.py iq_atari.py` shows what pixels need.
@@ -874,7 +874,7 @@ def save_atomically(content: dict, path: Path) -> None:
 class Run:
     """A run's directory, counters, rows and checkpoints: `pretrain` updates on demonstrations, then `total` steps.
     From its creation to the end of `with`, SIGINT and SIGTERM only set `signum`, which the loop reads between two steps; a
-    second one acts at once."""
+    second one acts at once. Python lets the main thread alone catch them: in another they act as ever."""
 
     def __init__(self, args: Args, device, demos, parts: dict, policy, pretrain: int, total: int, label: str):
         self.args, self.device, self.demos, self.policy = args, device, demos, policy
@@ -883,8 +883,8 @@ class Run:
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.random = random_return(args, measure=args.eval_every > 0)
         name = args.run_name or f"{re.sub('[/:]', '-', args.env_id)}__{SCRIPT}__{args.seed}__{time.time_ns() // 10**6}"
-        may = threading.current_thread() is threading.main_thread()  # no other may set them
-        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM) if may}
+        in_main = threading.current_thread() is threading.main_thread()
+        self.handlers = {s: signal.signal(s, self.receive) for s in (signal.SIGINT, signal.SIGTERM) if in_main}
         try:
             self.open_directory(Path(args.out_dir) / name)
         except BaseException:

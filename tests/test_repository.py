@@ -179,6 +179,9 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
     assert [sentence for sentence in sentences if sentence not in text] == []
     pong = [f"{mean('pong', method='iq', seed=seed):.1f}" for seed in ("106", "107", "108")]
     assert f"{pong[0]}, {pong[1]} and {pong[2]}" in (ROOT / "iq_atari.py").read_text()
+    played, without = (f"{mean('pong', 'mean_of_48', method=method):.1f}" for method in ("iq-play", "iq-6000"))
+    assert f"read {played} on average, without it {without} (one seed)" in " ".join(
+        importlib.import_module("iq_atari").__doc__.split())
     docstring = " ".join(importlib.import_module("iq_continuous").__doc__.split())
     for task in importlib.import_module("table3_mujoco").TASKS:
         named = {"task": task, "method": "iq"}

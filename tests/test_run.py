@@ -810,13 +810,19 @@ def test_evaluation_gives_the_random_return_of_a_model_that_was_trained_without(
     assert float(FINAL.search(capsys.readouterr().out.splitlines()[-1]).group(5)) == random
 
 
+@pytest.fixture
+def tiny(command, tmp_path):
+    """`command`, for all five."""
+    others = {"iq_offline": ["--demos", str(ROOT / "demos" / "CartPole-v1.npz"), "--total-updates", "5"],
+              "iq_ilo": ["--total-timesteps", "20", "--learning-starts", "10", "--reward-updates", "1"]}
+    run = ["--out-dir", str(tmp_path), "--run-name", "run"]
+    return lambda script, *more: [*run, *others[script], *more] if script in others else command(script, *more)
+
+
 @pytest.mark.parametrize("script, random", [("iq_discrete", 23.0), ("iq_atari", -20.3), ("iq_continuous", -1199.9),
                                             ("iq_offline", 23.0), ("iq_ilo", 23.0)])
-def test_a_known_random_return_is_told_without_an_evaluation(script, random, command, tmp_path, capsys):
-    tiny = {"iq_offline": ["--demos", str(ROOT / "demos" / "CartPole-v1.npz"), "--total-updates", "5"],
-            "iq_ilo": ["--total-timesteps", "20", "--learning-starts", "10", "--reward-updates", "1"]}
-    flags = ["--out-dir", str(tmp_path), "--run-name", "run", *tiny[script]] if script in tiny else command(script)
-    assert importlib.import_module(script).main([*flags, "--eval-every", "0"]) == 0
+def test_a_known_random_return_is_told_without_an_evaluation(script, random, tiny, capsys):
+    assert importlib.import_module(script).main(tiny(script, "--eval-every", "0")) == 0
     told = FINAL.search(capsys.readouterr().out).groups()
     assert float(told[4]) == random and told[0] == told[5] == "nan"
 
@@ -842,12 +848,14 @@ def test_a_run_whose_output_is_closed_finishes(closed, command, tmp_path):
     assert (tmp_path / "run" / "model.pt").exists()
 
 
-@pytest.mark.parametrize("script", MODULES)
-def test_training_in_a_thread_sets_no_signal_handlers(script, command, tmp_path):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_training_in_a_thread_sets_no_signal_handlers(script, tiny, tmp_path):
     """Python lets the main thread alone set them."""
+    before = signal.getsignal(signal.SIGINT)
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(MODULES[script].main, command(script)).result() == 0
-    assert (tmp_path / "run" / "model.pt").exists()
+        flags = tiny(script, "--eval-every", "0")
+        assert pool.submit(importlib.import_module(script).main, flags).result() == 0
+    assert (tmp_path / "run" / "model.pt").exists() and signal.getsignal(signal.SIGINT) is before
 
 
 def test_evaluation_refuses_switches_that_are_not_the_model_s(command, tmp_path, capsys):
