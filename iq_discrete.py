@@ -55,6 +55,10 @@ from tqdm import tqdm
 SCRIPT = "iq_discrete"
 # Mean return of uniformly random actions, 100 episodes, seeds 0 to 99; measured when an environment is missing.
 RANDOM_RETURN = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5}
+# Tasks that look the same in a mirror: which entry of the observation its image has at each place, counted from 1, minus for
+# the other sign; then which action stands for each.
+MIRROR = {"CartPole": ((-1, -2, -3, -4), (1, 0)), "Acrobot": ((1, -2, 3, -4, -5, -6), (2, 1, 0)),
+          "LunarLander": ((-1, 2, -3, 4, -5, -6, 8, 7), (0, 3, 2, 1))}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
     # DEVIATION: 489 from 25 transitions after 10,000 steps (24 seeds of a vectorised copy), 384 with `value`, τ 1, α 50.
@@ -66,7 +70,7 @@ SETTINGS: dict[str, dict] = {
     # the loss (iq_offline.py's): play is not trained on. With play in it (`--value-loss value --chi2-rows both`) 11 instead
     # of 162 from one trajectory, and 276 instead of 277 from ten.
     "LunarLander": {"temperature": 1.0, "chi2_alpha": 50.0, "value_loss": "value_expert", "chi2_rows": "expert",
-                    "hidden_size": 256, "learning_rate": 3e-4, "average_rate": 0.0005},
+                    "hidden_size": 256, "learning_rate": 3e-4, "average_rate": 0.0005, "mirror": True},
     "GridWorld": {"total_timesteps": 5_000},
 }
 # Where walls, start or goal of the GridWorld are random: 0.96 of the walls that no demonstration has, by the MLP 0.25.
@@ -93,6 +97,7 @@ class Args:
     demos: str | None = None  # an .npz file or a Minari dataset id (default: the bundled file)
     num_demos: int = 10  # trajectories, drawn by the seed; 0 for all
     subsample_freq: int = 1  # keep every k-th transition of a trajectory, from a random offset
+    mirror: bool = False  # learn from the mirror images of the transitions, too, where MIRROR has the task
     dones_are: Literal["terminations", "time-limits"] | None = None  # what a file's `dones` mark
     # The objective (the letters of the equations in brackets)
     objective: Literal["iq", "bc"] = "iq"  # IQ-Learn, or behavioural cloning with the same network
@@ -617,6 +622,32 @@ def draw(demos: Demonstrations, n: int) -> Batch:
     return Batch(*(field.index_select(0, index) for field in demos.transitions))
 
 
+def mirrored(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """The image of `x` `[N, n]` in the mirror: its entries in this order and with these signs (MIRROR)."""
+    order = torch.tensor(order, device=x.device)
+    return x[:, order.abs() - 1] * order.sign()
+
+
+def add_images(demos: Demonstrations, name: str) -> Demonstrations:
+    """The demonstrations of environment `name` and, behind them, their mirror images: an expert could have shown those.
+
+    DEVIATION: the paper has what was recorded alone.
+
+    Raises:
+        BadInput: MIRROR has no such environment, or observations of another size.
+    """
+    check(name in MIRROR, f"--mirror: {name} is not known to look the same in a mirror, only {', '.join(MIRROR)}")
+    obs_order, action_order = MIRROR[name]
+    obs, action, next_obs, terminated = demos.transitions
+    check(obs.shape[1:] == (len(obs_order),), f"--mirror: an observation has shape {tuple(obs.shape[1:])}, one of {name} "
+          f"({len(obs_order)},)")
+    images = Batch(mirrored(obs, obs_order), torch.tensor(action_order, device=action.device)[action],
+                   mirrored(next_obs, obs_order), terminated)
+    print(f"and their mirror images, {2 * len(obs)} transitions in all (--mirror)", flush=True)
+    return demos._replace(transitions=Batch(*map(torch.cat, zip(demos.transitions, images))),
+                          initial_obs=torch.cat([demos.initial_obs, mirrored(demos.initial_obs, obs_order)]))
+
+
 def deviation(obs: torch.Tensor, seen: int | None = None) -> torch.Tensor:
     """Standard deviation of each entry of observations `[N, *obs_shape]`, at least 0.01 for near-constant ones; it
     prints how many of the first `seen` entries (None: all) vary by less."""
@@ -1121,6 +1152,8 @@ def train(args: Args) -> Path:
         check(args.env_id == "GridWorld-v0" or getattr(args, name) == getattr(Args(), name),
               f"--{name.replace('_', '-')}: it is for GridWorld-v0, not {args.env_id}")
     demos = load_demonstrations(args, obs_shape, num_actions, device)
+    if args.mirror:
+        demos = add_images(demos, env_name(args.env_id))
 
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
     limit = 10.0 if args.standardize_obs else np.inf  # in deviations; raw observations are not clipped

@@ -59,6 +59,9 @@ SCRIPT = "iq_ilo"
 RANDOM_RETURN: dict[str, float] = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5, "Hopper": 15.4,
                                    "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": -53.6, "Humanoid": 112.4,
                                    "Pendulum": -1199.9, "InvertedPendulum": 4.4}
+# Tasks that look the same in a mirror: which entry of the observation its image has at each place, counted from 1, minus for
+# the other sign.
+MIRROR = {"CartPole": (-1, -2, -3, -4), "Acrobot": (1, -2, 3, -4, -5, -6), "LunarLander": (-1, 2, -3, 4, -5, -6, 8, 7)}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 # DEVIATION: in these discrete tasks the loss reads the expert's rows alone, as iq_offline.py's; a model of the agent's play
 # names their actions. With χ² on both halves LunarLander had −375 and −314 from one demonstration, not 22 and 201 (seeds
@@ -70,7 +73,8 @@ SETTINGS: dict[str, dict] = {
     "CartPole": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
     "Acrobot": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
     "LunarLander": DISCRETE | {"learning_starts": 5_000, "temperature": 1.0, "chi2_alpha": 50.0,
-                               "hidden_size": 512, "standardize_obs": True},  # from ten 270, with 256 and raw ones 259
+                               "hidden_size": 512, "standardize_obs": True,  # from ten 270, with 256 and raw ones 259
+                               "mirror": True},
     # Half of the play is random and observations are noisy, so that the reward is smooth over the whole plane. For the
     # imitation alone --obs-noise 0 --temperature 0.01 is better.
     "PointMaze": {"hidden_size": 64, "batch_size": 64, "num_demos": 0, "actor_lr": 3e-4, "average_rate": 0.002,
@@ -102,6 +106,7 @@ class Args:
     demos: str | None = None  # an .npz file or a Minari dataset id (default: the bundled file)
     num_demos: int = 1  # trajectories, drawn by the seed; 0 for all
     subsample_freq: int = 1  # keep every k-th transition of a trajectory, from a random offset
+    mirror: bool = False  # learn from the mirror images of the transitions, too, where MIRROR has the task
     dones_are: Literal["terminations", "time-limits"] | None = None  # what a file's `dones` mark
     # The objective (the letters of the equations in brackets)
     missing_action: Literal["idm", "policy", "replay"] = "idm"  # expert's a: inferred from (s,s'); from π; any replay row's
@@ -804,6 +809,31 @@ def draw(demos: Demonstrations, n: int) -> States:
     return States(*(field.index_select(0, index) for field in demos.transitions))
 
 
+def mirrored(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """The image of `x` `[N, n]` in the mirror: its entries in this order and with these signs (MIRROR)."""
+    order = torch.tensor(order, device=x.device)
+    return x[:, order.abs() - 1] * order.sign()
+
+
+def add_images(demos: Demonstrations, name: str) -> Demonstrations:
+    """The demonstrations of environment `name` and, behind them, their mirror images: an expert could have shown those.
+
+    DEVIATION: the paper has what was recorded alone.
+
+    Raises:
+        BadInput: MIRROR has no such environment, or observations of another size.
+    """
+    check(name in MIRROR, f"--mirror: {name} is not known to look the same in a mirror, only {', '.join(MIRROR)}")
+    obs_order = MIRROR[name]
+    obs, next_obs, terminated = demos.transitions
+    check(obs.shape[1:] == (len(obs_order),), f"--mirror: an observation has shape {tuple(obs.shape[1:])}, one of {name} "
+          f"({len(obs_order)},)")
+    images = States(mirrored(obs, obs_order), mirrored(next_obs, obs_order), terminated)
+    print(f"and their mirror images, {2 * len(obs)} transitions in all (--mirror)", flush=True)
+    return demos._replace(transitions=States(*map(torch.cat, zip(demos.transitions, images))),
+                          initial_obs=torch.cat([demos.initial_obs, mirrored(demos.initial_obs, obs_order)]))
+
+
 def deviation(obs: torch.Tensor, seen: int | None = None) -> torch.Tensor:
     """Standard deviation of each entry of observations `[N, *obs_shape]`, at least 0.01 for near-constant ones; it
     prints how many of the first `seen` entries (None: all) vary by less."""
@@ -1329,6 +1359,8 @@ def train(args: Args) -> Path:
         check(args.env_id == "PointMaze-v0" or getattr(args, name) == getattr(Args(), name),
               f"--{name.replace('_', '-')}: it is for PointMaze-v0, not {args.env_id}")
     demos = load_demonstrations(args, obs_shape, device)
+    if args.mirror:
+        demos = add_images(demos, env_name(args.env_id))
     check(args.obs_dims <= np.prod(obs_shape), f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}")
     limit = 10.0 if args.standardize_obs else np.inf  # in deviations; raw observations are not clipped
     size = (obs_shape, num_actions, discrete, args.hidden_size)

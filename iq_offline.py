@@ -56,6 +56,10 @@ SCRIPT = "iq_offline"
 RANDOM_RETURN = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5, "Pendulum": -1199.9,
                  "Hopper": 15.4, "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": -53.6, "Humanoid": 112.4}
 MUJOCO = {"hidden_size": 256}
+# Tasks that look the same in a mirror: which entry of the observation its image has at each place, counted from 1, minus for
+# the other sign; then which action stands for each.
+MIRROR = {"CartPole": ((-1, -2, -3, -4), (1, 0)), "Acrobot": ((1, -2, 3, -4, -5, -6), (2, 1, 0)),
+          "LunarLander": ((-1, 2, -3, 4, -5, -6, 8, 7), (0, 3, 2, 1))}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
     # DEVIATION, CartPole: the paper has τ 0.01 and two layers; its expert is linear.
@@ -65,7 +69,7 @@ SETTINGS: dict[str, dict] = {
     "Acrobot": {"standardize_obs": False, "hidden_layers": 0, "bias": False,  # linear, as its expert
                 "temperature": 1.0, "chi2_alpha": 50.0, "learning_rate": 1e-2, "total_updates": 3_000},
     "LunarLander": {"standardize_obs": False, "hidden_size": 256, "weight_decay": 0.1, "temperature": 1.0,
-                    "chi2_alpha": 50.0, "total_updates": 3_000},
+                    "chi2_alpha": 50.0, "mirror": True, "total_updates": 3_000},
     "Hopper": MUJOCO | {"gamma": 0.97, "temperature": 0.1},  # DEVIATION: as in iq_continuous.py
     "HalfCheetah": MUJOCO, "Walker2d": MUJOCO,
     "Ant": MUJOCO | {"obs_dims": 27}, "Humanoid": MUJOCO | {"obs_dims": 45},  # positions, velocities: iq_continuous.py
@@ -83,6 +87,7 @@ class Args:
     demos: str | None = None  # an .npz file or a Minari dataset id (default: the bundled file)
     num_demos: int = 10  # trajectories, drawn by the seed; 0 for all
     subsample_freq: int = 1  # keep every k-th transition of a trajectory, from a random offset
+    mirror: bool = False  # learn from the mirror images of the transitions, too, where MIRROR has the task
     holdout: float = 0.0  # share of those trajectories that is kept out of training, to measure on
     dones_are: Literal["terminations", "time-limits"] | None = None  # what a file's `dones` mark
     # The objective (the letters of the equations in brackets)
@@ -675,6 +680,33 @@ def draw(demos: Demonstrations, n: int) -> Batch:
     return Batch(*(field.index_select(0, index) for field in demos.transitions))
 
 
+def mirrored(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """The image of `x` `[N, n]` in the mirror: its entries in this order and with these signs (MIRROR)."""
+    order = torch.tensor(order, device=x.device)
+    return x[:, order.abs() - 1] * order.sign()
+
+
+def add_images(demos: Demonstrations, name: str) -> Demonstrations:
+    """The demonstrations of environment `name` and, behind them, their mirror images: an expert could have shown those.
+
+    DEVIATION: the paper has what was recorded alone.
+
+    Raises:
+        BadInput: MIRROR has no such environment, or observations of another size.
+    """
+    check(name in MIRROR, f"--mirror: {name} is not known to look the same in a mirror, only {', '.join(MIRROR)}")
+    obs_order, action_order = MIRROR[name]
+    obs, action, next_obs, terminated = demos.transitions
+    check(obs.shape[1:] == (len(obs_order),), f"--mirror: an observation has shape {tuple(obs.shape[1:])}, one of {name} "
+          f"({len(obs_order)},)")
+    images = Batch(mirrored(obs, obs_order), torch.tensor(action_order, device=action.device)[action],
+                   mirrored(next_obs, obs_order), terminated)
+    print(f"and their mirror images, {2 * len(obs)} transitions in all (--mirror)", flush=True)
+    return demos._replace(transitions=Batch(*map(torch.cat, zip(demos.transitions, images))),
+                          initial_obs=torch.cat([demos.initial_obs, mirrored(demos.initial_obs, obs_order)]),
+                          spaces=demos.spaces._replace(num_actions=len(action_order)))
+
+
 def deviation(obs: torch.Tensor, seen: int | None = None) -> torch.Tensor:
     """Standard deviation of each entry of observations `[N, *obs_shape]`, at least 0.01 for near-constant ones; it
     prints how many of the first `seen` entries (None: all) vary by less."""
@@ -1184,6 +1216,8 @@ def train(args: Args) -> Path:
     if args.capture_video:
         make_envs(args, 1, "rgb_array").close()
     demos = load_demonstrations(args, env_spaces(args), device)
+    if args.mirror:
+        demos = add_images(demos, env_name(args.env_id or demos.env_id))
     obs_shape, num_actions, action_low, action_high = demos.spaces
     check(args.obs_dims <= np.prod(obs_shape), f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}")
 

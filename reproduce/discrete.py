@@ -29,7 +29,9 @@ TASKS = {  # name: (flags, numbers of demonstrations)
     "GridWorld, fixed, 200 updates": ("--env-id GridWorld-v0 --total-timesteps 200 --eval-every 50", (1, 10)),
     "Acrobot": ("--env-id Acrobot-v1", (1, 10)),
     "LunarLander": ("--env-id LunarLander-v3", (1, 10)),
-    "LunarLander, play in the loss": ("--env-id LunarLander-v3 --value-loss value --chi2-rows both", (1, 10)),
+    "LunarLander, as recorded": ("--env-id LunarLander-v3 --no-mirror", (1, 10)),  # no mirror images, as in the paper
+    "LunarLander, as recorded, play in the loss": (
+        "--env-id LunarLander-v3 --no-mirror --value-loss value --chi2-rows both", (1, 10)),
     **{f"GridWorld, {level}, {network.upper()}": (f"--env-id GridWorld-v0 {switches} {WALLS} --network {network} "
                                                   f"--hidden-size {hidden}", (0,))
        for level, switches in (("random walls", "--random-walls"),
@@ -37,7 +39,8 @@ TASKS = {  # name: (flags, numbers of demonstrations)
        for network, hidden in (("mlp", 64), ("cnn", 16))},
 }
 METHODS = {"iq": "", "bc": "--objective bc"}
-CLONES = {"LunarLander, play in the loss": "LunarLander"}  # clones have no play in their loss: the same stand beside both
+# Clones have no play in their loss: the same stand beside both.
+CLONES = {"LunarLander, as recorded, play in the loss": "LunarLander, as recorded"}
 
 
 def grid_scores(run_dir: Path) -> dict:

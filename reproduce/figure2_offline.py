@@ -7,6 +7,9 @@ goes on where the first was stopped. Seeds 111 to 115 were not tuned on; NOTES.m
 
 Where few trajectories are drawn, which ones decides more than the method: figure2_draws.csv has 20 more seeds there, which
 take 15 of the 30 trajectories, and the second table of figure2_offline.md their spread.
+
+LunarLander's setting learns from the mirror images of its transitions, too (`--mirror`); the paper has none, and the rows
+"as recorded" have none.
 """
 from pathlib import Path
 
@@ -17,12 +20,14 @@ from common import mean_sd, read_rows, run_all
 FOLDER = Path(__file__).resolve().parent
 SEEDS = range(111, 116)
 NUMBERS = (1, 3, 7, 10, 15)
-TASKS = {"CartPole": ("CartPole-v1", 20), "Acrobot": ("Acrobot-v1", 5), "LunarLander": ("LunarLander-v3", 5)}
+RECORDED = "LunarLander, as recorded"
+TASKS = {"CartPole": ("CartPole-v1", 20, ""), "Acrobot": ("Acrobot-v1", 5, ""), "LunarLander": ("LunarLander-v3", 5, ""),
+         RECORDED: ("LunarLander-v3", 5, "--no-mirror")}  # as the paper has it, without the images of the default
 # W1 bounds the slope of Q, so its τ is small; no χ² joins it.
 METHODS = {"chi2": "", "w1": "--divergence w1 --temperature 0.01 --chi2-alpha None", "bc": "--objective bc"}
 DRAWS = range(241, 261)  # of the second table; read before with Acrobot's and LunarLander's earlier setting or expert, too
 MORE = FOLDER / "figure2_draws.csv"
-FEW = {"CartPole": (1,), "Acrobot": (1,), "LunarLander": (1, 3)}  # trajectories there
+FEW = {"CartPole": (1,), "Acrobot": (1,), "LunarLander": (1, 3), RECORDED: (1, 3)}  # trajectories there
 NAMES = {"chi2": "IQ-Learn, χ²", "w1": "IQ-Learn, W1", "bc": "cloning"}
 
 
@@ -59,38 +64,42 @@ def spread(rows: list[dict]) -> list[str]:
 
 
 def figure(rows: list[dict], path: Path) -> None:
-    """Three panels: mean over seeds, one standard deviation shaded, expert and random lines."""
+    """Three panels: mean over seeds, one standard deviation shaded, expert and random lines; dashed without images."""
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, len(TASKS), figsize=(4 * len(TASKS), 3.2))
-    for axis, (task, (env_id, k)) in zip(axes, TASKS.items()):
-        for method in METHODS:
+    panels = [task for task in TASKS if task != RECORDED]
+    fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2))
+    for task, (env_id, k, _) in TASKS.items():
+        axis = axes[panels.index(task.split(",")[0])]
+        for i, method in enumerate(METHODS):
             points = []
             for n in NUMBERS:
                 returns = [float(r["eval_return"]) for r in rows
                            if (r["task"], r["demos"], r["method"]) == (task, str(n), method)]
                 points += [(n, np.mean(returns), np.std(returns))] if returns else []
-            if points:
-                n, mean, sd = map(np.array, zip(*points))
-                axis.plot(n, mean, marker="o", label=NAMES[method])
-                axis.fill_between(n, mean - sd, mean + sd, alpha=0.2)
+            n, mean, sd = map(np.array, zip(*points)) if points else ([], [], [])
+            if task == RECORDED:
+                axis.plot(n, mean, linestyle="--", color=f"C{i}", label="as recorded" if i == 0 else None)
+            else:
+                axis.plot(n, mean, marker="o", color=f"C{i}", label=NAMES[method])
+                axis.fill_between(n, np.subtract(mean, sd), np.add(mean, sd), alpha=0.2)
         own = [r for r in rows if r["task"] == task]
-        if own:
+        if own and task != RECORDED:
             axis.axhline(np.mean([float(r["expert"]) for r in own]), color="black", linestyle="--", label="expert")
             axis.axhline(float(own[0]["random"]), color="grey", linestyle=":", label="random")
-        axis.set(title=f"{env_id}, 1 in {k}", xlabel="trajectories", xticks=NUMBERS)
+            axis.set(title=f"{env_id}, 1 in {k}", xlabel="trajectories", xticks=NUMBERS)
     axes[0].set_ylabel("return, last score, 5 seeds")
-    axes[0].legend(fontsize=8)
+    axes[-1].legend(fontsize=8)
     fig.tight_layout()
     fig.savefig(path, dpi=120)
 
 
 def command(task: str, n: int, method: str, seed: int, name: str) -> str:
     """The run of one point of a panel."""
-    env_id, k = TASKS[task]
+    env_id, k, switch = TASKS[task]
     flags = (f"iq_offline.py --env-id {env_id} --subsample-freq {k} --num-demos {n} --seed {seed} "
-             f"--eval-every 1000000 --eval-episodes 20 {METHODS[method]}").strip()
-    return f"{flags} --run-name {name}_{task}_{n}_{method}_{seed}"
+             f"--eval-every 1000000 --eval-episodes 20 {METHODS[method]} {switch}").split()
+    return f"{' '.join(flags)} --run-name {name}_{task.replace(', ', '_').replace(' ', '-')}_{n}_{method}_{seed}"
 
 
 def main(cores: tuple[int, ...] = (0, 1), only: str = "", numbers: tuple[int, ...] = NUMBERS,

@@ -28,6 +28,7 @@ VERSIONS = {
     "check_demonstrations": ("atari discrete | continuous | ilo | offline", "actions of real numbers, none, or either"),
     "load_demonstrations": ("atari | continuous | discrete | ilo | offline", "frames, scaled actions, none, held-out rows"),
     "draw": ("atari | continuous discrete offline | ilo", "stacks are rebuilt from frames; rows without actions"),
+    "add_images": ("discrete | ilo | offline", "no actions; as many as the image needs"),
     "Replay.__init__": ("atari | continuous discrete ilo", "single frames, a ring for each environment"),
     "Replay.add": ("atari | continuous discrete ilo", "one frame, whose observation came before"),
     "Replay.sample": ("atari | continuous discrete ilo", "stacks are rebuilt from frames"),

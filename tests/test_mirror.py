@@ -1,0 +1,119 @@
+"""`--mirror`: the images are what the environment would have shown, and training reads them with their own actions."""
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import iq_discrete
+import iq_ilo
+import iq_offline
+
+ROOT = Path(__file__).parent.parent
+
+
+class Still:
+    """Stands for a generator: engines that scatter nothing."""
+
+    def uniform(self, low, high, size=None):
+        return 0.0 if size is None else np.zeros(size)
+
+
+def set_mirror_image(env, image) -> None:
+    """Put the unwrapped `env` into the state that `image`, another one, has in the mirror."""
+    if not hasattr(env, "lander"):
+        image.state = -np.asarray(env.state)
+        return
+    from gymnasium.envs.box2d.lunar_lander import SCALE, VIEWPORT_W
+
+    bodies = zip((env.lander, *env.legs), (image.lander, *image.legs[::-1]))
+    for body, other in bodies:
+        other.position = (VIEWPORT_W / SCALE - body.position.x, body.position.y)
+        other.angle, other.angularVelocity = -body.angle, -body.angularVelocity
+        other.linearVelocity = (-body.linearVelocity.x, body.linearVelocity.y)
+
+
+def compare(env_id: str, seed: int, actions, error: float) -> np.ndarray:
+    """Play `actions` and their images side by side, up to where a leg touches the ground; returns the last observation."""
+    obs_order, action_order = iq_discrete.MIRROR[iq_discrete.env_name(env_id)]
+    env, image = gym.make(env_id), gym.make(env_id)
+    env.reset(seed=seed)
+    image.reset(seed=seed)
+    set_mirror_image(env.unwrapped, image.unwrapped)
+    env.unwrapped.np_random = image.unwrapped.np_random = Still()
+    for t, action in enumerate(actions):
+        obs, shown = env.step(int(action))[0], image.step(action_order[action])[0]
+        expected = iq_discrete.mirrored(torch.as_tensor(obs)[None], obs_order)[0].numpy()
+        np.testing.assert_allclose(shown, expected, atol=error, err_msg=f"step {t}")
+        if env_id.startswith("LunarLander") and obs[6:].any():
+            break
+    return obs
+
+
+# LunarLander's legs hang on joints that its engine solves one after the other, so that the image is nearly the same.
+@pytest.mark.parametrize("env_id, steps, error", [("CartPole-v1", 20, 1e-6), ("Acrobot-v1", 60, 1e-4),
+                                                  ("LunarLander-v3", 60, 0.01)])
+def test_the_image_of_an_episode_is_an_episode(env_id, steps, error):
+    for seed in range(3):
+        num_actions = len(iq_discrete.MIRROR[iq_discrete.env_name(env_id)][1])
+        compare(env_id, seed, np.random.default_rng(seed).integers(num_actions, size=steps), error)
+
+
+def test_the_other_leg_touches_the_ground_in_the_image():
+    for seed in (3, 4, 5, 7):  # these fall on the level part, one leg first
+        assert compare("LunarLander-v3", seed, [0] * 100, 0.01)[6:].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("script", [iq_discrete, iq_offline, iq_ilo])
+def test_demonstrations_come_first_and_their_images_behind_them(script, capsys):
+    """With actions of their own, next observations and ends beside them, and first states."""
+    order, actions = (-1, 2, -3, 4, -5, -6, 8, 7), [0, 3, 2, 1]
+    obs, next_obs, initial = (torch.arange(8.0 * n).view(n, 8) + i for i, n in enumerate((4, 4, 2)))
+    rows = {"obs": obs, "next_obs": next_obs, "terminated": torch.tensor([0.0, 0, 0, 1])}
+    fields = {"initial_obs": initial, "expert_return": 0.0}
+    if script is iq_ilo:
+        demos = iq_ilo.Demonstrations(iq_ilo.States(**rows), **fields)
+    else:
+        more = {"end_rate": 0.0} if script is iq_discrete else {
+            "holdout": None, "env_id": "LunarLander-v3", "spaces": iq_offline.Spaces((8,), 3, (), ())}
+        demos = script.Demonstrations(script.Batch(**rows, action=torch.arange(4)), **fields, **more)
+    both = script.add_images(demos, "LunarLander")
+    signs, places = torch.tensor([-1, 1, -1, 1, -1, -1, 1, 1]), [0, 1, 2, 3, 4, 5, 7, 6]
+    for name, own in rows.items():
+        image = own if own.dim() == 1 else own[:, places] * signs
+        assert torch.equal(getattr(both.transitions, name), torch.cat([own, image])), name
+    assert torch.equal(both.initial_obs, torch.cat([initial, initial[:, places] * signs]))
+    if script is not iq_ilo:
+        assert both.transitions.action.tolist() == [0, 1, 2, 3, *actions]
+    if script is iq_offline:
+        assert both.spaces.num_actions == 4  # though these demonstrations may lack one of them
+    assert "8 transitions in all" in capsys.readouterr().out
+    assert torch.equal(script.mirrored(script.mirrored(obs, order), order), obs)
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    (iq_discrete, "--env-id GridWorld-v0 --demos {root}/demos/GridWorld-v0.npz", "--mirror: GridWorld is not known"),
+    (iq_ilo, "--env-id Hopper-v5", "--mirror: Hopper is not known"),
+    (iq_offline, "--env-id Hopper-v5 --num-demos 1", "--mirror: Hopper is not known"),
+    (iq_offline, "--demos {tmp}/lander.npz --num-demos 1", "--mirror: an observation has shape (3,), one of LunarLander"),
+])
+def test_no_image_where_none_is_known(script, flags, message, tmp_path, capsys):
+    ends = np.array([False, True])
+    np.savez(tmp_path / "lander.npz", observations=np.zeros((3, 3), np.float32), actions=np.array([0, 1]), terminations=ends,
+             truncations=~ends & ends, episode_lengths=np.array([2]), env_id=np.array("LunarLander-v3"))
+    arguments = flags.format(root=ROOT, tmp=tmp_path).split() + ["--mirror", "--out-dir", str(tmp_path / "runs")]
+    assert script.main(arguments) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("script", [iq_discrete, iq_offline, iq_ilo])
+def test_lunar_lander_has_images_unless_told_otherwise(script):
+    parse = script.parse_args
+    assert parse(["--env-id", "LunarLander-v3"]).mirror and not parse(["--env-id", "LunarLander-v3", "--no-mirror"]).mirror
+    assert not script.Args().mirror and not parse(["--env-id", "CartPole-v1"]).mirror
+
+
+def test_the_scripts_agree_on_the_mirror():
+    assert iq_offline.MIRROR == iq_discrete.MIRROR
+    assert iq_ilo.MIRROR == {name: obs_order for name, (obs_order, _) in iq_discrete.MIRROR.items()}
