@@ -106,7 +106,7 @@ class Args:
     demos: str | None = None  # an .npz file or a Minari dataset id (default: the bundled file)
     num_demos: int = 1  # trajectories, drawn by the seed; 0 for all
     subsample_freq: int = 1  # keep every k-th transition of a trajectory, from a random offset
-    mirror: bool = False  # learn from the mirror images of the transitions, too, where MIRROR has the task
+    mirror: bool = False  # learn from the transitions' mirror images, too (CartPole, Acrobot, LunarLander)
     dones_are: Literal["terminations", "time-limits"] | None = None  # what a file's `dones` mark
     # The objective (the letters of the equations in brackets)
     missing_action: Literal["idm", "policy", "replay"] = "idm"  # expert's a: inferred from (s,s'); from π; any replay row's

@@ -87,7 +87,7 @@ class Args:
     demos: str | None = None  # an .npz file or a Minari dataset id (default: the bundled file)
     num_demos: int = 10  # trajectories, drawn by the seed; 0 for all
     subsample_freq: int = 1  # keep every k-th transition of a trajectory, from a random offset
-    mirror: bool = False  # learn from the mirror images of the transitions, too, where MIRROR has the task
+    mirror: bool = False  # learn from the transitions' mirror images, too (CartPole, Acrobot, LunarLander)
     holdout: float = 0.0  # share of those trajectories that is kept out of training, to measure on
     dones_are: Literal["terminations", "time-limits"] | None = None  # what a file's `dones` mark
     # The objective (the letters of the equations in brackets)

@@ -117,3 +117,17 @@ def test_lunar_lander_has_images_unless_told_otherwise(script):
 def test_the_scripts_agree_on_the_mirror():
     assert iq_offline.MIRROR == iq_discrete.MIRROR
     assert iq_ilo.MIRROR == {name: obs_order for name, (obs_order, _) in iq_discrete.MIRROR.items()}
+
+
+@pytest.mark.parametrize("script, flags", [(iq_discrete, "--total-timesteps 20"), (iq_offline, "--total-updates 2"),
+                                           (iq_ilo, "--total-timesteps 40 --learning-starts 10 --reward-updates 0")])
+def test_training_reads_the_images(script, flags, tmp_path, capsys):
+    """CartPole's observations and their images have a mean of zero, by which they are standardised."""
+    common = f"--env-id CartPole-v1 --num-demos 1 --standardize-obs --eval-every 0 --out-dir {tmp_path} {flags}".split()
+    for name in ("mirror", "no-mirror"):
+        assert script.main([*common, f"--{name}", "--run-name", name]) == 0
+        assert ("mirror images" in capsys.readouterr().out) is (name == "mirror")
+        saved = torch.load(tmp_path / name / "model.pt", weights_only=True)
+        means = [value for part in saved.values() if isinstance(part, dict)
+                 for key, value in part.items() if key.split(".")[-1] in ("obs_mean", "mean")]
+        assert means and all(bool(mean.abs().max() < 1e-6) is (name == "mirror") for mean in means)
