@@ -634,13 +634,14 @@ def add_images(demos: Demonstrations, name: str) -> Demonstrations:
     DEVIATION: the paper has what was recorded alone.
 
     Raises:
-        BadInput: MIRROR has no such environment, or observations of another size.
+        BadInput: MIRROR has no such environment, or one of other sizes.
     """
     check(name in MIRROR, f"--mirror: {name} is not known to look the same in a mirror, only {', '.join(MIRROR)}")
     obs_order, action_order = MIRROR[name]
     obs, action, next_obs, terminated = demos.transitions
-    check(obs.shape[1:] == (len(obs_order),), f"--mirror: an observation has shape {tuple(obs.shape[1:])}, one of {name} "
-          f"({len(obs_order)},)")
+    check(obs.shape[1:] == (len(obs_order),) and action.max() < len(action_order),
+          f"--mirror: observations of shape {tuple(obs.shape[1:])} and actions up to {action.max()}, {name} has "
+          f"({len(obs_order)},) and {len(action_order)} actions; --no-mirror does without")
     images = Batch(mirrored(obs, obs_order), torch.tensor(action_order, device=action.device)[action],
                    mirrored(next_obs, obs_order), terminated)
     print(f"and their mirror images, {2 * len(obs)} transitions in all (--mirror)", flush=True)

@@ -821,13 +821,13 @@ def add_images(demos: Demonstrations, name: str) -> Demonstrations:
     DEVIATION: the paper has what was recorded alone.
 
     Raises:
-        BadInput: MIRROR has no such environment, or observations of another size.
+        BadInput: MIRROR has no such environment, or one of other sizes.
     """
     check(name in MIRROR, f"--mirror: {name} is not known to look the same in a mirror, only {', '.join(MIRROR)}")
     obs_order = MIRROR[name]
     obs, next_obs, terminated = demos.transitions
-    check(obs.shape[1:] == (len(obs_order),), f"--mirror: an observation has shape {tuple(obs.shape[1:])}, one of {name} "
-          f"({len(obs_order)},)")
+    check(obs.shape[1:] == (len(obs_order),), f"--mirror: an observation has shape {tuple(obs.shape[1:])}, {name}'s has "
+          f"({len(obs_order)},); --no-mirror does without")
     images = States(mirrored(obs, obs_order), mirrored(next_obs, obs_order), terminated)
     print(f"and their mirror images, {2 * len(obs)} transitions in all (--mirror)", flush=True)
     return demos._replace(transitions=States(*map(torch.cat, zip(demos.transitions, images))),

@@ -55,11 +55,11 @@ SCRIPT = "iq_offline"
 # Mean return of uniformly random actions, 100 episodes, seeds 0 to 99; measured when an environment is missing.
 RANDOM_RETURN = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5, "Pendulum": -1199.9,
                  "Hopper": 15.4, "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": -53.6, "Humanoid": 112.4}
-MUJOCO = {"hidden_size": 256}
 # Tasks that look the same in a mirror: which entry of the observation its image has at each place, counted from 1, minus for
 # the other sign; then which action stands for each.
 MIRROR = {"CartPole": ((-1, -2, -3, -4), (1, 0)), "Acrobot": ((1, -2, 3, -4, -5, -6), (2, 1, 0)),
           "LunarLander": ((-1, 2, -3, 4, -5, -6, 8, 7), (0, 3, 2, 1))}
+MUJOCO = {"hidden_size": 256}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
     # DEVIATION, CartPole: the paper has τ 0.01 and two layers; its expert is linear.
@@ -692,13 +692,15 @@ def add_images(demos: Demonstrations, name: str) -> Demonstrations:
     DEVIATION: the paper has what was recorded alone.
 
     Raises:
-        BadInput: MIRROR has no such environment, or observations of another size.
+        BadInput: MIRROR has no such environment, or one of other sizes.
     """
     check(name in MIRROR, f"--mirror: {name} is not known to look the same in a mirror, only {', '.join(MIRROR)}")
     obs_order, action_order = MIRROR[name]
     obs, action, next_obs, terminated = demos.transitions
-    check(obs.shape[1:] == (len(obs_order),), f"--mirror: an observation has shape {tuple(obs.shape[1:])}, one of {name} "
-          f"({len(obs_order)},)")
+    size = demos.spaces.num_actions
+    check(obs.shape[1:] == (len(obs_order),) and 0 < size <= len(action_order),
+          f"--mirror: observations of shape {tuple(obs.shape[1:])} and {size or 'continuous'} actions, {name} has "
+          f"({len(obs_order)},) and {len(action_order)}; --no-mirror does without")
     images = Batch(mirrored(obs, obs_order), torch.tensor(action_order, device=action.device)[action],
                    mirrored(next_obs, obs_order), terminated)
     print(f"and their mirror images, {2 * len(obs)} transitions in all (--mirror)", flush=True)

@@ -96,12 +96,16 @@ def test_demonstrations_come_first_and_their_images_behind_them(script, capsys):
     (iq_discrete, "--env-id GridWorld-v0 --demos {root}/demos/GridWorld-v0.npz", "--mirror: GridWorld is not known"),
     (iq_ilo, "--env-id Hopper-v5", "--mirror: Hopper is not known"),
     (iq_offline, "--env-id Hopper-v5 --num-demos 1", "--mirror: Hopper is not known"),
-    (iq_offline, "--demos {tmp}/lander.npz --num-demos 1", "--mirror: an observation has shape (3,), one of LunarLander"),
+    (iq_offline, "--demos {tmp}/lander.npz --num-demos 1", "of shape (3,) and 2 actions, LunarLander has (8,) and 4"),
+    (iq_offline, "--demos {tmp}/force.npz --num-demos 1", "of shape (8,) and continuous actions, LunarLander has"),
+    (iq_offline, "--demos {tmp}/five.npz --num-demos 1", "of shape (8,) and 5 actions, LunarLander has"),
 ])
 def test_no_image_where_none_is_known(script, flags, message, tmp_path, capsys):
-    ends = np.array([False, True])
-    np.savez(tmp_path / "lander.npz", observations=np.zeros((3, 3), np.float32), actions=np.array([0, 1]), terminations=ends,
-             truncations=~ends & ends, episode_lengths=np.array([2]), env_id=np.array("LunarLander-v3"))
+    """Nor of a task that has only the name of one that is known, or LunarLander's continuous actions."""
+    ends, env_id = np.array([False, True]), np.array("LunarLander-v3")
+    for name, size, actions in (("lander", 3, [0, 1]), ("force", 8, [[0.5, 0.5], [0, 1]]), ("five", 8, [0, 4])):
+        np.savez(tmp_path / f"{name}.npz", observations=np.zeros((3, size), np.float32), actions=np.array(actions),
+                 terminations=ends, truncations=ends & ~ends, episode_lengths=np.array([2]), env_id=env_id)
     arguments = flags.format(root=ROOT, tmp=tmp_path).split() + ["--mirror", "--out-dir", str(tmp_path / "runs")]
     assert script.main(arguments) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
