@@ -99,12 +99,12 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(cores: tuple[int, ...] = (0, 1), only: str = ""):
-    """Run what is missing; `only` keeps the tasks whose name contains it."""
+def main(cores: tuple[int, ...] = (0, 1), only: str = "", methods: tuple[str, ...] = tuple(METHODS)):
+    """Run what is missing; `only` keeps the tasks whose name contains it, `methods` some of the others."""
     jobs, of_run = [], {}
     for task, (flags, numbers) in TASKS.items():
         for n in numbers:
-            for method, more in METHODS.items():
+            for method, more in ((method, METHODS[method]) for method in methods):
                 first = 111 if task.startswith(("CartPole", "LunarLander")) else 101
                 for seed in range(first, first + NUM_SEEDS):
                     if only in task and (method == "iq" or task not in CLONES):

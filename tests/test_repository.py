@@ -146,12 +146,15 @@ def mean(name: str, column: str = "eval_return", **labels: str) -> float:
 
 
 def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
-    one, offline = {"demos": "1"}, {"demos": "10"}
+    one, offline, recorded = {"demos": "1"}, {"demos": "10"}, "LunarLander, as recorded"
     curve = {"name": "pong_curves", "column": "eval_return_mean", "updates": "4000"}
     sentences = [
-        f"LunarLander has {mean('discrete', task='LunarLander', method='iq', **one):.0f} "
-        f"(cloning {mean('discrete', task='LunarLander', method='bc', **one):.0f}; "
-        f"{mean('discrete', task='LunarLander, play in the loss', **one):.0f} with".replace("-", "−"),
+        f"from one trajectory online {mean('discrete', task=recorded, method='iq', **one):.0f} "
+        f"(cloning {mean('discrete', task=recorded, method='bc', **one):.0f}; "
+        f"{mean('discrete', task=f'{recorded}, play in the loss', **one):.0f} with play in the loss".replace("-", "−"),
+        f"offline {mean('figure2_offline', task=recorded, method='chi2', **one):.0f} "
+        f"({mean('figure2_offline', task=recorded, method='bc', **one):.0f}), "
+        f"from observations {mean('table6_ilo', task='LunarLander-v3', method='as recorded', **one):.0f}",
         "Pong models score " + ", clones ".join(", ".join(f"{mean('pong', 'mean_of_48', method=method, seed=seed):.1f}"
                                                 for seed in ("106", "107", "108")) for method in ("iq", "bc")),
         f"after 4,000 updates: {mean(method='iq', **curve):.1f}, clones {mean(method='bc', **curve):.1f}",
@@ -203,8 +206,8 @@ def test_the_steps_that_cartpole_needs_are_those_of_its_curves():
 def test_what_play_in_the_loss_costs_on_lunar_lander_is_said_beside_its_settings():
     comments = " ".join((ROOT / "iq_discrete.py").read_text().replace("# ", "").split())
     for demos, words in (("1", "from one trajectory"), ("10", "from ten")):
-        played = mean("discrete", task="LunarLander, play in the loss", demos=demos)
-        own = mean("discrete", task="LunarLander", method="iq", demos=demos)
+        played = mean("discrete", task="LunarLander, as recorded, play in the loss", demos=demos)
+        own = mean("discrete", task="LunarLander, as recorded", method="iq", demos=demos)
         assert f"{played:.0f} instead of {own:.0f} {words}" in comments
     cnn, mlp = (mean("discrete", "success", task=f"GridWorld, random walls, {net}", method="iq") for net in ("CNN", "MLP"))
     assert f"{cnn:.2f} of the walls that no demonstration has, by the MLP {mlp:.2f}" in comments
