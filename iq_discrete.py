@@ -624,11 +624,11 @@ def draw(demos: Demonstrations, n: int) -> Batch:
 
 def mirrored(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     """The image of `x` `[N, n]` in the mirror: its entries in this order and with these signs (MIRROR)."""
-    order = torch.tensor(order, device=x.device)
-    return x[:, order.abs() - 1] * order.sign()
+    index = torch.tensor(order, device=x.device)
+    return x[:, index.abs() - 1] * index.sign()
 
 
-def add_images(demos: Demonstrations, name: str) -> Demonstrations:
+def add_images(demos: Demonstrations, name: str, num_actions: int) -> Demonstrations:
     """The demonstrations of environment `name` and, behind them, their mirror images: an expert could have shown those.
 
     DEVIATION: the paper has what was recorded alone.
@@ -639,9 +639,9 @@ def add_images(demos: Demonstrations, name: str) -> Demonstrations:
     check(name in MIRROR, f"--mirror: {name} is not known to look the same in a mirror, only {', '.join(MIRROR)}")
     obs_order, action_order = MIRROR[name]
     obs, action, next_obs, terminated = demos.transitions
-    check(obs.shape[1:] == (len(obs_order),) and action.max() < len(action_order),
-          f"--mirror: observations of shape {tuple(obs.shape[1:])} and actions up to {action.max()}, {name} has "
-          f"({len(obs_order)},) and {len(action_order)} actions; --no-mirror does without")
+    check((obs.shape[1:], num_actions) == ((len(obs_order),), len(action_order)),
+          f"--mirror: observations of shape {tuple(obs.shape[1:])} and {num_actions} actions, {name} has "
+          f"({len(obs_order)},) and {len(action_order)}; --no-mirror does without")
     images = Batch(mirrored(obs, obs_order), torch.tensor(action_order, device=action.device)[action],
                    mirrored(next_obs, obs_order), terminated)
     print(f"and their mirror images, {2 * len(obs)} transitions in all (--mirror)", flush=True)
@@ -1154,7 +1154,7 @@ def train(args: Args) -> Path:
               f"--{name.replace('_', '-')}: it is for GridWorld-v0, not {args.env_id}")
     demos = load_demonstrations(args, obs_shape, num_actions, device)
     if args.mirror:
-        demos = add_images(demos, env_name(args.env_id))
+        demos = add_images(demos, env_name(args.env_id), num_actions)
 
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
     limit = 10.0 if args.standardize_obs else np.inf  # in deviations; raw observations are not clipped

@@ -811,8 +811,8 @@ def draw(demos: Demonstrations, n: int) -> States:
 
 def mirrored(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     """The image of `x` `[N, n]` in the mirror: its entries in this order and with these signs (MIRROR)."""
-    order = torch.tensor(order, device=x.device)
-    return x[:, order.abs() - 1] * order.sign()
+    index = torch.tensor(order, device=x.device)
+    return x[:, index.abs() - 1] * index.sign()
 
 
 def add_images(demos: Demonstrations, name: str) -> Demonstrations:

@@ -682,8 +682,8 @@ def draw(demos: Demonstrations, n: int) -> Batch:
 
 def mirrored(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     """The image of `x` `[N, n]` in the mirror: its entries in this order and with these signs (MIRROR)."""
-    order = torch.tensor(order, device=x.device)
-    return x[:, order.abs() - 1] * order.sign()
+    index = torch.tensor(order, device=x.device)
+    return x[:, index.abs() - 1] * index.sign()
 
 
 def add_images(demos: Demonstrations, name: str) -> Demonstrations:
@@ -694,19 +694,19 @@ def add_images(demos: Demonstrations, name: str) -> Demonstrations:
     Raises:
         BadInput: MIRROR has no such environment, or one of other sizes.
     """
-    check(name in MIRROR, f"--mirror: {name} is not known to look the same in a mirror, only {', '.join(MIRROR)}")
+    check(name in MIRROR, f"--mirror: {name} is not known to look the same in a mirror, only {', '.join(MIRROR)}"
+          + "; --env-id tells which task it is" * (name == "unknown"))
     obs_order, action_order = MIRROR[name]
     obs, action, next_obs, terminated = demos.transitions
-    size = demos.spaces.num_actions
-    check(obs.shape[1:] == (len(obs_order),) and 0 < size <= len(action_order),
-          f"--mirror: observations of shape {tuple(obs.shape[1:])} and {size or 'continuous'} actions, {name} has "
+    num_actions = demos.spaces.num_actions
+    check((obs.shape[1:], num_actions) == ((len(obs_order),), len(action_order)),
+          f"--mirror: observations of shape {tuple(obs.shape[1:])} and {num_actions or 'continuous'} actions, {name} has "
           f"({len(obs_order)},) and {len(action_order)}; --no-mirror does without")
     images = Batch(mirrored(obs, obs_order), torch.tensor(action_order, device=action.device)[action],
                    mirrored(next_obs, obs_order), terminated)
     print(f"and their mirror images, {2 * len(obs)} transitions in all (--mirror)", flush=True)
     return demos._replace(transitions=Batch(*map(torch.cat, zip(demos.transitions, images))),
-                          initial_obs=torch.cat([demos.initial_obs, mirrored(demos.initial_obs, obs_order)]),
-                          spaces=demos.spaces._replace(num_actions=len(action_order)))
+                          initial_obs=torch.cat([demos.initial_obs, mirrored(demos.initial_obs, obs_order)]))
 
 
 def deviation(obs: torch.Tensor, seen: int | None = None) -> torch.Tensor:

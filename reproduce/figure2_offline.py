@@ -22,7 +22,7 @@ SEEDS = range(111, 116)
 NUMBERS = (1, 3, 7, 10, 15)
 RECORDED = "LunarLander, as recorded"
 TASKS = {"CartPole": ("CartPole-v1", 20, ""), "Acrobot": ("Acrobot-v1", 5, ""), "LunarLander": ("LunarLander-v3", 5, ""),
-         RECORDED: ("LunarLander-v3", 5, "--no-mirror")}  # as the paper has it, without the images of the default
+         RECORDED: ("LunarLander-v3", 5, "--no-mirror")}  # environment, every k-th transition, further flags
 # W1 bounds the slope of Q, so its τ is small; no χ² joins it.
 METHODS = {"chi2": "", "w1": "--divergence w1 --temperature 0.01 --chi2-alpha None", "bc": "--objective bc"}
 DRAWS = range(241, 261)  # of the second table; read before with Acrobot's and LunarLander's earlier setting or expert, too
@@ -83,11 +83,11 @@ def figure(rows: list[dict], path: Path) -> None:
             else:
                 axis.plot(n, mean, marker="o", color=f"C{i}", label=NAMES[method])
                 axis.fill_between(n, np.subtract(mean, sd), np.add(mean, sd), alpha=0.2)
+        axis.set(title=f"{env_id}, 1 in {k}", xlabel="trajectories", xticks=NUMBERS)
         own = [r for r in rows if r["task"] == task]
         if own and task != RECORDED:
             axis.axhline(np.mean([float(r["expert"]) for r in own]), color="black", linestyle="--", label="expert")
             axis.axhline(float(own[0]["random"]), color="grey", linestyle=":", label="random")
-            axis.set(title=f"{env_id}, 1 in {k}", xlabel="trajectories", xticks=NUMBERS)
     axes[0].set_ylabel("return, last score, 5 seeds")
     axes[-1].legend(fontsize=8)
     fig.tight_layout()

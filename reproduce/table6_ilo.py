@@ -24,14 +24,14 @@ TASKS = {  # task: script with actions, seeds, published mean ± sd with 1 and w
 }
 FIRST_SEED = {("Hopper-v5", "idm"): 104, ("Ant-v5", "idm"): 102} | {  # else 101
     (task, method): seed for task, seed in (("CartPole-v1", 111), ("LunarLander-v3", 111), ("Walker2d-v5", 104))
-    for method in ("idm", "as recorded", "with actions")}
+    for method in ("idm", "idm, not mirrored", "with actions")}
 LONGER = {task: "--total-timesteps 200000 --anneal-lr 0.5 " for task in ("HalfCheetah-v5", "Walker2d-v5")}
 METHODS = {  # the flags after the script; None: the task's script with actions
     "idm": "iq_ilo.py",
-    "as recorded": "iq_ilo.py --no-mirror",  # the same without mirror images, which LunarLander alone has
+    "idm, not mirrored": "iq_ilo.py --no-mirror",  # the same without mirror images, which LunarLander alone has
     "with actions": None,
-    "policy": "iq_ilo.py --missing-action policy",
-    "replay": "iq_ilo.py --missing-action replay",
+    "policy": "iq_ilo.py --no-mirror --missing-action policy",
+    "replay": "iq_ilo.py --no-mirror --missing-action replay",
 }
 
 
@@ -92,7 +92,7 @@ def main(cores: tuple[int, ...] = (0, 1), tasks: tuple[str, ...] = bundled(TASKS
             with_actions, most, published = TASKS[task]
             for n in sorted(set(published) & set(demos)):
                 for method in methods:
-                    if i < min(seeds or most, most) and (method != "as recorded" or task == "LunarLander-v3"):
+                    if i < min(seeds or most, most) and (method != "idm, not mirrored" or task == "LunarLander-v3"):
                         seed = FIRST_SEED.get((task, method), 101) + i
                         more = "" if method == "with actions" else LONGER.get(task, "")
                         name = f"table6_{task}_{n}_{method.replace(' ', '-')}_{seed}"

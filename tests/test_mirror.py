@@ -1,4 +1,5 @@
 """`--mirror`: the images are what the environment would have shown, and training reads them with their own actions."""
+import re
 from pathlib import Path
 
 import gymnasium as gym
@@ -67,18 +68,20 @@ def test_the_other_leg_touches_the_ground_in_the_image():
 
 @pytest.mark.parametrize("script", [iq_discrete, iq_offline, iq_ilo])
 def test_demonstrations_come_first_and_their_images_behind_them(script, capsys):
-    """With actions of their own, next observations and ends beside them, and first states."""
-    order, actions = (-1, 2, -3, 4, -5, -6, 8, 7), [0, 3, 2, 1]
+    """With actions of their own, next observations and ends beside them, and first states; the rest stays."""
+    actions, more, size = [0, 3, 2, 1], {}, ()
     obs, next_obs, initial = (torch.arange(8.0 * n).view(n, 8) + i for i, n in enumerate((4, 4, 2)))
     rows = {"obs": obs, "next_obs": next_obs, "terminated": torch.tensor([0.0, 0, 0, 1])}
-    fields = {"initial_obs": initial, "expert_return": 0.0}
     if script is iq_ilo:
-        demos = iq_ilo.Demonstrations(iq_ilo.States(**rows), **fields)
+        transitions = iq_ilo.States(**rows)
     else:
-        more = {"end_rate": 0.0} if script is iq_discrete else {
-            "holdout": None, "env_id": "LunarLander-v3", "spaces": iq_offline.Spaces((8,), 3, (), ())}
-        demos = script.Demonstrations(script.Batch(**rows, action=torch.arange(4)), **fields, **more)
-    both = script.add_images(demos, "LunarLander")
+        transitions = script.Batch(**rows, action=torch.arange(4))
+    if script is iq_discrete:
+        more, size = {"end_rate": 0.25}, (4,)
+    if script is iq_offline:
+        more = {"holdout": transitions, "env_id": "LunarLander-v3", "spaces": iq_offline.Spaces((8,), 4, (), ())}
+    demos = script.Demonstrations(transitions=transitions, initial_obs=initial, expert_return=250.0, **more)
+    both = script.add_images(demos, "LunarLander", *size)
     signs, places = torch.tensor([-1, 1, -1, 1, -1, -1, 1, 1]), [0, 1, 2, 3, 4, 5, 7, 6]
     for name, own in rows.items():
         image = own if own.dim() == 1 else own[:, places] * signs
@@ -86,16 +89,29 @@ def test_demonstrations_come_first_and_their_images_behind_them(script, capsys):
     assert torch.equal(both.initial_obs, torch.cat([initial, initial[:, places] * signs]))
     if script is not iq_ilo:
         assert both.transitions.action.tolist() == [0, 1, 2, 3, *actions]
-    if script is iq_offline:
-        assert both.spaces.num_actions == 4  # though these demonstrations may lack one of them
+    assert both.expert_return == 250 and all(getattr(both, name) is value for name, value in more.items())
     assert "8 transitions in all" in capsys.readouterr().out
-    assert torch.equal(script.mirrored(script.mirrored(obs, order), order), obs)
+
+
+@pytest.mark.parametrize("add, sizes", [
+    (lambda demos: iq_discrete.add_images(demos, "Acrobot", 2), "of shape (6,) and 2 actions, Acrobot has (6,) and 3"),
+    (lambda demos: iq_discrete.add_images(demos, "LunarLander", 4), "shape (6,) and 4 actions, LunarLander has (8,) and 4"),
+    (lambda demos: iq_ilo.add_images(demos, "LunarLander"), "an observation has shape (6,), LunarLander's has (8,)")])
+def test_no_image_of_another_task_of_that_name(add, sizes):
+    obs, ends = torch.zeros(2, 6), torch.zeros(2)
+    if "LunarLander's" in sizes:
+        demos = iq_ilo.Demonstrations(iq_ilo.States(obs, obs, ends), obs, 0.0)
+    else:
+        demos = iq_discrete.Demonstrations(iq_discrete.Batch(obs, torch.tensor([0, 1]), obs, ends), obs, 0.0, 0.0)
+    with pytest.raises((iq_discrete.BadInput, iq_ilo.BadInput), match=re.escape(sizes)):
+        add(demos)
 
 
 @pytest.mark.parametrize("script, flags, message", [
     (iq_discrete, "--env-id GridWorld-v0 --demos {root}/demos/GridWorld-v0.npz", "--mirror: GridWorld is not known"),
     (iq_ilo, "--env-id Hopper-v5", "--mirror: Hopper is not known"),
     (iq_offline, "--env-id Hopper-v5 --num-demos 1", "--mirror: Hopper is not known"),
+    (iq_offline, "--demos {tmp}/nameless.npz --num-demos 1", "--mirror: unknown is not known to look the same in a mirror"),
     (iq_offline, "--demos {tmp}/lander.npz --num-demos 1", "of shape (3,) and 2 actions, LunarLander has (8,) and 4"),
     (iq_offline, "--demos {tmp}/force.npz --num-demos 1", "of shape (8,) and continuous actions, LunarLander has"),
     (iq_offline, "--demos {tmp}/five.npz --num-demos 1", "of shape (8,) and 5 actions, LunarLander has"),
@@ -103,9 +119,11 @@ def test_demonstrations_come_first_and_their_images_behind_them(script, capsys):
 def test_no_image_where_none_is_known(script, flags, message, tmp_path, capsys):
     """Nor of a task that has only the name of one that is known, or LunarLander's continuous actions."""
     ends, env_id = np.array([False, True]), np.array("LunarLander-v3")
-    for name, size, actions in (("lander", 3, [0, 1]), ("force", 8, [[0.5, 0.5], [0, 1]]), ("five", 8, [0, 4])):
+    for name, size, actions in (("lander", 3, [0, 1]), ("force", 8, [[0.5, 0.5], [0, 1]]), ("five", 8, [0, 4]),
+                                ("nameless", 8, [0, 3])):
         np.savez(tmp_path / f"{name}.npz", observations=np.zeros((3, size), np.float32), actions=np.array(actions),
-                 terminations=ends, truncations=ends & ~ends, episode_lengths=np.array([2]), env_id=env_id)
+                 terminations=ends, truncations=ends & ~ends, episode_lengths=np.array([2]),
+                 env_id=np.array("unknown") if name == "nameless" else env_id)
     arguments = flags.format(root=ROOT, tmp=tmp_path).split() + ["--mirror", "--out-dir", str(tmp_path / "runs")]
     assert script.main(arguments) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "runs").exists()
@@ -125,13 +143,17 @@ def test_the_scripts_agree_on_the_mirror():
 
 @pytest.mark.parametrize("script, flags", [(iq_discrete, "--total-timesteps 20"), (iq_offline, "--total-updates 2"),
                                            (iq_ilo, "--total-timesteps 40 --learning-starts 10 --reward-updates 0")])
-def test_training_reads_the_images(script, flags, tmp_path, capsys):
+def test_training_draws_from_the_images_too(script, flags, tmp_path, monkeypatch):
     """CartPole's observations and their images have a mean of zero, by which they are standardised."""
     common = f"--env-id CartPole-v1 --num-demos 1 --standardize-obs --eval-every 0 --out-dir {tmp_path} {flags}".split()
+    drawn, draw = [], script.draw
+    monkeypatch.setattr(script, "draw", lambda demos, n: drawn.append(demos.transitions) or draw(demos, n))
     for name in ("mirror", "no-mirror"):
         assert script.main([*common, f"--{name}", "--run-name", name]) == 0
-        assert ("mirror images" in capsys.readouterr().out) is (name == "mirror")
         saved = torch.load(tmp_path / name / "model.pt", weights_only=True)
         means = [value for part in saved.values() if isinstance(part, dict)
                  for key, value in part.items() if key.split(".")[-1] in ("obs_mean", "mean")]
         assert means and all(bool(mean.abs().max() < 1e-6) is (name == "mirror") for mean in means)
+    both, alone = drawn[0], drawn[-1]
+    assert len(both.obs) == 2 * len(alone.obs)
+    assert torch.equal(both.next_obs, torch.cat([alone.next_obs, -alone.next_obs]))
