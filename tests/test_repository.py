@@ -213,6 +213,31 @@ def test_what_play_in_the_loss_costs_on_lunar_lander_is_said_beside_its_settings
     assert f"{cnn:.2f} of the walls that no demonstration has, by the MLP {mlp:.2f}" in comments
 
 
+def test_what_the_mirror_is_worth_on_lunar_lander_is_said_beside_its_settings():
+    """And the scores in a docstring are those of the setting, not those that the tables have without images."""
+    alone = "LunarLander, as recorded"
+    discrete, offline, ilo = ((ROOT / f"iq_{name}.py").read_text() for name in ("discrete", "offline", "ilo"))
+    one = {"demos": "1"}
+    assert f"Mirrored, {mean('discrete', task='LunarLander', method='iq', **one):.0f} from one trajectory" in discrete
+    own, without = (mean("figure2_offline", task=task, method="chi2", **one) for task in ("LunarLander", alone))
+    assert f"mirrored: {own:.0f} from one trajectory, {without:.0f} without" in offline
+    own, without = (mean("table6_ilo", task="LunarLander-v3", method=f"idm{rest}", **one) for rest in ("", ", not mirrored"))
+    assert f"DEVIATION: {own:.0f} from one trajectory, {without:.0f} without" in ilo
+    from_ten = mean("table6_ilo", task="LunarLander-v3", method="idm", demos="10")
+    assert re.search(rf"LunarLander-v3 {own:.1f} ± [\d.]+ of [\d.]+ from one, {from_ten:.1f} ± ", ilo)
+
+
+@pytest.mark.parametrize("name", ["discrete", "figure2_offline", "figure2_draws", "table6_ilo"])
+def test_rows_of_lunar_lander_are_labelled_by_whether_they_are_mirrored(name):
+    """Those without images are from before there was such a flag, or have `--no-mirror`; none of the others."""
+    with open(ROOT / "reproduce" / f"{name}.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["task"].startswith("LunarLander")]
+    mirrored = [row for row in rows if row["task"] == "LunarLander" or row["method"] in ("idm", "with actions")]
+    before = {row["commit"] for row in rows if row not in mirrored and "--no-mirror" not in row["command"]}
+    assert mirrored and before and len(mirrored) < len(rows)
+    assert not any("--no-mirror" in row["command"] or row["commit"] in before for row in mirrored)
+
+
 # Least number of episodes in a file, where they are too large for the 30 of all the others.
 EPISODES = {"HalfCheetah-v5": 25, "Hopper-v5": 25, "Walker2d-v5": 25, "Ant-v5": 25, "Humanoid-v5": 7}
 
