@@ -68,7 +68,7 @@ SETTINGS: dict[str, dict] = {
     "Acrobot": {"temperature": 0.1, "total_timesteps": 10_000},
     # DEVIATION: as τ 0.01, α 0.5 with Q 100 times as large, so that the first policies are soft. Only expert rows are in
     # the loss (iq_offline.py's): play is not trained on. With play in it (`--value-loss value --chi2-rows both`) 11 instead
-    # of 162 from one trajectory, and 276 instead of 277 from ten, not mirrored. Mirrored, 000 from one trajectory.
+    # of 162 from one trajectory, and 276 instead of 277 from ten, not mirrored. Mirrored, 272 from one trajectory.
     "LunarLander": {"temperature": 1.0, "chi2_alpha": 50.0, "value_loss": "value_expert", "chi2_rows": "expert",
                     "hidden_size": 256, "learning_rate": 3e-4, "average_rate": 0.0005, "mirror": True},
     "GridWorld": {"total_timesteps": 5_000},

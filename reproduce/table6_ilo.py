@@ -51,10 +51,10 @@ def table(rows: list[dict]) -> str:
                                  f"{mean_sd(own, 'expert', digits)} | {float(own[0]['random']):.1f} | "
                                  f"{mean_sd(own, 'normalized', 3)} | {paper} | {len(own)} | {own[0]['steps']} | "
                                  f"{minutes} |")
-    lines += ["", "Rows of one task may have other seeds and lengths (csv): `policy` and `replay` begin with 101 and "
-              "ran on LunarLander with 256 units on raw states; Hopper's and Ant's `with actions` are other seeds "
-              "than `idm`'s, Hopper's half as long; HalfCheetah's and Walker2d's `idm` have "
-              "`--total-timesteps 200000 --anneal-lr 0.5`."]
+    lines += ["", "Rows of one task may have other seeds and lengths (csv): `policy` and `replay` begin with 101 and ran on "
+              "LunarLander with 256 units on raw states, not mirrored; LunarLander's `with actions` are the runs of "
+              "discrete.csv; Hopper's and Ant's `with actions` are other seeds than `idm`'s, Hopper's half as long; "
+              "HalfCheetah's and Walker2d's `idm` have `--total-timesteps 200000 --anneal-lr 0.5`."]
     return "\n".join(lines) + "\n"
 
 

@@ -154,7 +154,9 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
         f"{mean('discrete', task=f'{recorded}, play in the loss', **one):.0f} with play in the loss".replace("-", "−"),
         f"offline {mean('figure2_offline', task=recorded, method='chi2', **one):.0f} "
         f"({mean('figure2_offline', task=recorded, method='bc', **one):.0f}), "
-        f"from observations {mean('table6_ilo', task='LunarLander-v3', method='as recorded', **one):.0f}",
+        f"from observations {mean('table6_ilo', task='LunarLander-v3', method='idm, not mirrored', **one):.0f}",
+        "Offline, mirrored, from 1 / 3 / 7 / 10 / 15: " + " / ".join(
+            f"{mean('figure2_offline', task='LunarLander', method='chi2', demos=str(n)):.0f}" for n in (1, 3, 7, 10, 15)),
         "Pong models score " + ", clones ".join(", ".join(f"{mean('pong', 'mean_of_48', method=method, seed=seed):.1f}"
                                                 for seed in ("106", "107", "108")) for method in ("iq", "bc")),
         f"after 4,000 updates: {mean(method='iq', **curve):.1f}, clones {mean(method='bc', **curve):.1f}",
@@ -167,7 +169,8 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
         "over 20 more draws, " + ", ".join(
             f"{task} {mean('figure2_draws', task=name, demos=n, method='chi2'):.0f} "
             f"(cloning {mean('figure2_draws', task=name, demos=n, method='bc'):.0f})"
-            for task, name, n in (("CartPole has", "CartPole", "1"), ("LunarLander from three", "LunarLander", "3"))),
+            for task, name, n in (("CartPole has", "CartPole", "1"), ("LunarLander from one", "LunarLander", "1"),
+                                  ("from three", "LunarLander", "3"))),
         f"Ant {mean('offline_mujoco', task='Ant-v5', method='iq', **offline):.0f} "
         f"({mean('offline_mujoco', task='Ant-v5', method='bc', **offline):.0f})",
     ]
