@@ -19,8 +19,8 @@ The environment's reward is never read in training, and the file's `actions` are
     python iq_ilo.py --env-id CartPole-v1
 
 scores 500.0 ± 0.0 over seeds 111 to 115 after 10,000 steps, from one demonstration of 500 steps, in half a minute of a core;
-LunarLander-v3 257.6 ± 21.9 of 283.2 from one, 274.8 ± 6.4 of 280.1 from 10; Hopper-v5 3490 ± 12 of 3500 from one and
-3505 ± 8 of 3499 from 10, over seeds 104 to 106 after 80,000 steps, in 12 minutes.
+LunarLander-v3 257.6 ± 21.9 of 283.2 from one, 274.8 ± 6.4 of 280.1 from 10 (`--mirror`); Hopper-v5 3490 ± 12 of 3500 from
+one and 3505 ± 8 of 3499 from 10, over seeds 104 to 106 after 80,000 steps, in 12 minutes.
 
 `state_reward` gives back a reward of the state alone. Departures from the paper are marked DEVIATION where they act.
 `diff iq_continuous.py iq_ilo.py` shows what missing actions need.
@@ -74,7 +74,7 @@ SETTINGS: dict[str, dict] = {
     "Acrobot": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
     "LunarLander": DISCRETE | {"learning_starts": 5_000, "temperature": 1.0, "chi2_alpha": 50.0,
                                "mirror": True,  # DEVIATION: 258 from one trajectory, 135 without
-                               "hidden_size": 512, "standardize_obs": True},  # not mirrored, from ten, raw with 256: 259
+                               "hidden_size": 512, "standardize_obs": True},  # from ten, not mirrored, 270; raw, 256: 259
     # Half of the play is random and observations are noisy, so that the reward is smooth over the whole plane. For the
     # imitation alone --obs-noise 0 --temperature 0.01 is better.
     "PointMaze": {"hidden_size": 64, "batch_size": 64, "num_demos": 0, "actor_lr": 3e-4, "average_rate": 0.002,
