@@ -45,7 +45,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(cores: tuple[int, ...] = (0, 1), tasks: tuple[str, ...] = TASKS, seeds: tuple[int, ...] = (1, 2)):
+def main(cores: tuple[int, ...] = (0, 1), tasks: tuple[str, ...] = TASKS, seeds: tuple[int, ...] = (1, 2, 3)):
     """Run what is missing."""
     jobs = [({"task": task, "variant": variant, "seed": seed},
              f"iq_continuous.py --env-id {task} --total-timesteps {STEPS} --eval-every 5000 --seed {seed}{flags} "

@@ -177,7 +177,7 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
     shares = {variant: [mean("ladder_mujoco", task=task, variant=variant) / mean("ladder_mujoco", "expert", task=task)
                         for task in ("Hopper-v5", "Walker2d-v5")]
               for variant in ("as they are", "raw observations", "no LayerNorm", "no moving average", "targets not clipped")}
-    words = ("two tuning seeds: ", "raw ", "LayerNorm in the critic (without it ", "a moving average (without it ",
+    words = ("three tuning seeds: ", "raw ", "LayerNorm in the critic (without it ", "a moving average (without it ",
              "V(s') clipped at ±4α/(1−γ) (without it ")
     sentences += [f"{before}{hopper:.2f} and {walker:.2f}" for before, (hopper, walker) in zip(words, shares.values())]
     assert mean("pong", "lost_of_48", method="iq") == 0 and mean("pong", "lost_of_48", method="bc") == 17 / 3
