@@ -22,7 +22,7 @@ class Still:
 
 
 def set_mirror_image(env, image) -> None:
-    """Put the unwrapped `env` into the state that `image`, another one, has in the mirror."""
+    """Put `image` into the state that `env` has in the mirror, both unwrapped."""
     if not hasattr(env, "lander"):
         image.state = -np.asarray(env.state)
         return
@@ -111,7 +111,7 @@ def test_no_image_of_another_task_of_that_name(add, sizes):
     (iq_discrete, "--env-id GridWorld-v0 --demos {root}/demos/GridWorld-v0.npz", "--mirror: GridWorld is not known"),
     (iq_ilo, "--env-id Hopper-v5", "--mirror: Hopper is not known"),
     (iq_offline, "--env-id Hopper-v5 --num-demos 1", "--mirror: Hopper is not known"),
-    (iq_offline, "--demos {tmp}/nameless.npz --num-demos 1", "--mirror: unknown is not known to look the same in a mirror"),
+    (iq_offline, "--demos {tmp}/nameless.npz --num-demos 1", "CartPole, Acrobot, LunarLander; --env-id tells which task"),
     (iq_offline, "--demos {tmp}/lander.npz --num-demos 1", "of shape (3,) and 2 actions, LunarLander has (8,) and 4"),
     (iq_offline, "--demos {tmp}/force.npz --num-demos 1", "of shape (8,) and continuous actions, LunarLander has"),
     (iq_offline, "--demos {tmp}/five.npz --num-demos 1", "of shape (8,) and 5 actions, LunarLander has"),
