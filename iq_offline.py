@@ -62,13 +62,13 @@ MIRROR = {"CartPole": ((-1, -2, -3, -4), (1, 0)), "Acrobot": ((1, -2, 3, -4, -5,
 MUJOCO = {"hidden_size": 256}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
+    # DEVIATION, all three: the transitions are mirrored. LunarLander has 227 from one trajectory, 34 without.
     # DEVIATION, CartPole: the paper has τ 0.01 and two layers; its expert is linear.
-    "CartPole": {"standardize_obs": False, "hidden_layers": 0, "bias": False,  # linear, Q(−s, a) = −Q(s, a): it mirrors
-                 "temperature": 0.1, "chi2_alpha": 5.0, "learning_rate": 1e-2, "total_updates": 3_000},
-    # DEVIATION, Acrobot and LunarLander: with τ and α this large the loss is near cloning's; LunarLander's weights decay,
-    # and its transitions are mirrored: 227 from one trajectory, 34 without.
-    "Acrobot": {"standardize_obs": False, "hidden_layers": 0, "bias": False,  # linear, as its expert
-                "temperature": 1.0, "chi2_alpha": 50.0, "learning_rate": 1e-2, "total_updates": 3_000},
+    "CartPole": {"standardize_obs": False, "hidden_layers": 0, "temperature": 0.1, "chi2_alpha": 5.0,
+                 "learning_rate": 1e-2, "mirror": True, "total_updates": 3_000},
+    # DEVIATION, Acrobot and LunarLander: with τ and α this large the loss is near cloning's; LunarLander's weights decay.
+    "Acrobot": {"standardize_obs": False, "hidden_layers": 0, "temperature": 1.0,  # linear, as its expert
+                "chi2_alpha": 50.0, "learning_rate": 1e-2, "mirror": True, "total_updates": 3_000},
     "LunarLander": {"standardize_obs": False, "hidden_size": 256, "weight_decay": 0.1, "temperature": 1.0,
                     "chi2_alpha": 50.0, "mirror": True, "total_updates": 3_000},
     "Hopper": MUJOCO | {"gamma": 0.97, "temperature": 0.1},  # DEVIATION: as in iq_continuous.py
@@ -106,7 +106,6 @@ class Args:
     # The network
     hidden_size: int = 64  # units of a hidden layer
     hidden_layers: int = 2  # of the networks; 0: linear in the observation
-    bias: bool = True  # of the layers; without, a linear Q prefers no action where its input is zero
     obs_dims: int = 0  # number of an observation's first entries that the networks see; 0: all
     standardize_obs: bool = True  # standardise observations by the demonstrations
     # Optimisation
@@ -324,15 +323,14 @@ class QNetwork(nn.Module):
     """
 
     def __init__(self, obs_shape: tuple[int, ...], num_actions: int, action_dim: int = 0, hidden_size: int = 64,
-                 hidden_layers: int = 2, bias: bool = True, q_bound: float = 0.0, obs_limit: float = 10.0):
+                 hidden_layers: int = 2, q_bound: float = 0.0, obs_limit: float = 10.0):
         super().__init__()
         self.sizes = {"obs_shape": tuple(obs_shape), "num_actions": num_actions, "action_dim": action_dim,
-                      "hidden_size": hidden_size, "hidden_layers": hidden_layers, "bias": bias, "q_bound": q_bound,
-                      "obs_limit": obs_limit}
+                      "hidden_size": hidden_size, "hidden_layers": hidden_layers, "q_bound": q_bound, "obs_limit": obs_limit}
         self.q_bound, self.obs_limit = q_bound, obs_limit
         self.register_buffer("obs_mean", torch.zeros(obs_shape))
         self.register_buffer("obs_std", torch.ones(obs_shape))
-        self.layers = mlp(int(np.prod(obs_shape)) + action_dim, hidden_size, hidden_layers, num_actions or 1, bias)
+        self.layers = mlp(int(np.prod(obs_shape)) + action_dim, hidden_size, hidden_layers, num_actions or 1)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor | None = None) -> torch.Tensor:
         x = ((obs - self.obs_mean) / self.obs_std).clamp(-self.obs_limit, self.obs_limit).flatten(1)
@@ -355,17 +353,17 @@ class Actor(nn.Module):
     LOG_STD = (-5.0, 2.0)  # least and greatest
 
     def __init__(self, obs_shape: tuple[int, ...], low: list[float], high: list[float], hidden_size: int = 64,
-                 hidden_layers: int = 2, bias: bool = True, obs_limit: float = 10.0):
+                 hidden_layers: int = 2, obs_limit: float = 10.0):
         super().__init__()
         self.sizes = {"obs_shape": tuple(obs_shape), "low": list(low), "high": list(high), "hidden_size": hidden_size,
-                      "hidden_layers": hidden_layers, "bias": bias, "obs_limit": obs_limit}
+                      "hidden_layers": hidden_layers, "obs_limit": obs_limit}
         self.obs_limit = obs_limit
         self.register_buffer("bounds", inner_bounds(low, high), persistent=False)
         self.register_buffer("center", (torch.tensor(high) + torch.tensor(low)) / 2)
         self.register_buffer("scale", (torch.tensor(high) - torch.tensor(low)) / 2)
         self.register_buffer("obs_mean", torch.zeros(obs_shape))
         self.register_buffer("obs_std", torch.ones(obs_shape))
-        self.layers = mlp(int(np.prod(obs_shape)), hidden_size, hidden_layers, 2 * len(low), bias)
+        self.layers = mlp(int(np.prod(obs_shape)), hidden_size, hidden_layers, 2 * len(low))
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = ((obs - self.obs_mean) / self.obs_std).clamp(-self.obs_limit, self.obs_limit).flatten(1)
@@ -401,11 +399,11 @@ def sample_action(actor: Actor, obs: torch.Tensor) -> tuple[torch.Tensor, torch.
     return torch.tanh(before_tanh), log_density(mean, log_std, before_tanh)
 
 
-def mlp(inputs: int, hidden_size: int, hidden_layers: int, outputs: int, bias: bool) -> nn.Sequential:
+def mlp(inputs: int, hidden_size: int, hidden_layers: int, outputs: int) -> nn.Sequential:
     """Linear layers with ReLU between them."""
     widths = [inputs, *[hidden_size] * hidden_layers]
-    hidden = [layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair, bias), nn.ReLU())]
-    return nn.Sequential(*hidden, nn.Linear(widths[-1], outputs, bias))
+    hidden = [layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(widths[-1], outputs))
 
 
 # --------------------------------------------------------------------------- Demonstrations and replay
@@ -699,14 +697,15 @@ def add_images(demos: Demonstrations, name: str) -> Demonstrations:
           + "; --env-id tells which task it is" * (name == "unknown"))
     obs_order, action_order = MIRROR[name]
     obs, action, next_obs, terminated = demos.transitions
-    num_actions = demos.spaces.num_actions
-    check((obs.shape[1:], num_actions) == ((len(obs_order),), len(action_order)),
+    num_actions = demos.spaces.num_actions  # without an environment those up to the last that is shown: maybe not all
+    check(obs.shape[1:] == (len(obs_order),) and 0 < num_actions <= len(action_order),
           f"--mirror: observations of shape {tuple(obs.shape[1:])} and {num_actions or 'continuous'} actions, {name} has "
           f"({len(obs_order)},) and {len(action_order)}; --no-mirror does without")
     images = Batch(mirrored(obs, obs_order), torch.tensor(action_order, device=action.device)[action],
                    mirrored(next_obs, obs_order), terminated)
     print(f"and their mirror images, {2 * len(obs)} transitions in all (--mirror)", flush=True)
-    return demos._replace(transitions=Batch(*map(torch.cat, zip(demos.transitions, images))),
+    return demos._replace(spaces=demos.spaces._replace(num_actions=len(action_order)),
+                          transitions=Batch(*map(torch.cat, zip(demos.transitions, images))),
                           initial_obs=torch.cat([demos.initial_obs, mirrored(demos.initial_obs, obs_order)]))
 
 
@@ -1229,7 +1228,7 @@ def train(args: Args) -> Path:
         print(f"warning: --{name.replace('_', '-')} does nothing with {'discrete' if num_actions else 'continuous'} actions",
               file=sys.stderr)
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
-    size = (args.hidden_size, args.hidden_layers, args.bias)
+    size = (args.hidden_size, args.hidden_layers)
     limit = 10.0 if args.standardize_obs else np.inf  # in deviations; raw observations are not clipped
     network = QNetwork(obs_shape, num_actions, len(action_low), *size, q_bound, limit).to(device)
     actor = None if num_actions else Actor(obs_shape, action_low, action_high, *size, limit).to(device)

@@ -8,8 +8,8 @@ goes on where the first was stopped. Seeds 111 to 115 were not tuned on; NOTES.m
 Where few trajectories are drawn, which ones decides more than the method: figure2_draws.csv has 20 more seeds there, which
 take 15 of the 30 trajectories, and the second table of figure2_offline.md their spread.
 
-LunarLander's setting learns from the mirror images of its transitions, too (`--mirror`); the paper has none, and the rows
-"as recorded" have none.
+All three settings learn from the mirror images of the transitions, too (`--mirror`); the paper has none, and the rows "as
+recorded" have none.
 """
 from pathlib import Path
 
@@ -20,14 +20,15 @@ from common import mean_sd, read_rows, run_all
 FOLDER = Path(__file__).resolve().parent
 SEEDS = range(111, 116)
 NUMBERS = (1, 3, 7, 10, 15)
-RECORDED = "LunarLander, as recorded"
-TASKS = {"CartPole": ("CartPole-v1", 20, ""), "Acrobot": ("Acrobot-v1", 5, ""), "LunarLander": ("LunarLander-v3", 5, ""),
-         RECORDED: ("LunarLander-v3", 5, "--no-mirror")}  # environment, every k-th transition, further flags
+PANELS = {"CartPole": ("CartPole-v1", 20), "Acrobot": ("Acrobot-v1", 5), "LunarLander": ("LunarLander-v3", 5)}
+# environment, every k-th transition, further flags
+TASKS = {f"{name}{label}": (*panel, flags) for name, panel in PANELS.items()
+         for label, flags in (("", ""), (", as recorded", "--no-mirror"))}
 # W1 bounds the slope of Q, so its τ is small; no χ² joins it.
 METHODS = {"chi2": "", "w1": "--divergence w1 --temperature 0.01 --chi2-alpha None", "bc": "--objective bc"}
 DRAWS = range(241, 261)  # of the second table; read before with Acrobot's and LunarLander's earlier setting or expert, too
 MORE = FOLDER / "figure2_draws.csv"
-FEW = {"CartPole": (1,), "Acrobot": (1,), "LunarLander": (1, 3), RECORDED: (1, 3)}  # trajectories there
+FEW = {task: (1, 3) if task.startswith("LunarLander") else (1,) for task in TASKS}  # trajectories there
 NAMES = {"chi2": "IQ-Learn, χ²", "w1": "IQ-Learn, W1", "bc": "cloning"}
 
 
@@ -67,10 +68,9 @@ def figure(rows: list[dict], path: Path) -> None:
     """Three panels: mean over seeds, one standard deviation shaded, expert and random lines; dashed without images."""
     import matplotlib.pyplot as plt
 
-    panels = [task for task in TASKS if task != RECORDED]
-    fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.2))
+    fig, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.2))
     for task, (env_id, k, _) in TASKS.items():
-        axis = axes[panels.index(task.split(",")[0])]
+        axis, recorded = axes[list(PANELS).index(task.split(",")[0])], task not in PANELS
         for i, method in enumerate(METHODS):
             points = []
             for n in NUMBERS:
@@ -78,14 +78,14 @@ def figure(rows: list[dict], path: Path) -> None:
                            if (r["task"], r["demos"], r["method"]) == (task, str(n), method)]
                 points += [(n, np.mean(returns), np.std(returns))] if returns else []
             n, mean, sd = map(np.array, zip(*points)) if points else ([], [], [])
-            if task == RECORDED:
+            if recorded:
                 axis.plot(n, mean, linestyle="--", color=f"C{i}", label="as recorded" if i == 0 else None)
             else:
                 axis.plot(n, mean, marker="o", color=f"C{i}", label=NAMES[method])
                 axis.fill_between(n, np.subtract(mean, sd), np.add(mean, sd), alpha=0.2)
         axis.set(title=f"{env_id}, 1 in {k}", xlabel="trajectories", xticks=NUMBERS)
         own = [r for r in rows if r["task"] == task]
-        if own and task != RECORDED:
+        if own and not recorded:
             axis.axhline(np.mean([float(r["expert"]) for r in own]), color="black", linestyle="--", label="expert")
             axis.axhline(float(own[0]["random"]), color="grey", linestyle=":", label="random")
     axes[0].set_ylabel("return, last score, 5 seeds")

@@ -366,7 +366,7 @@ def test_a_policy_that_was_never_shown_the_last_actions_is_played(command, tmp_p
     with np.load(DISCRETE) as file:
         data = {name: file[name] for name in file.files if name != "num_actions"} | {"actions": file["actions"] * 0}
     np.savez(tmp_path / "left.npz", **data)
-    assert iq_offline.main(command("--demos", tmp_path / "left.npz")) == 0
+    assert iq_offline.main(command("--demos", tmp_path / "left.npz", "--no-mirror")) == 0
     model = ["--evaluate", str(tmp_path / "run" / "model.pt"), "--eval-episodes", "2"]
     assert iq_offline.main(model) == 0 and iq_offline.main([*model, "--env-id", "Acrobot-v1"]) == 2
 
@@ -494,16 +494,6 @@ def test_settings_of_an_environment_never_override_a_flag(command, tmp_path):
     assert iq_offline.parse_args([*argv, "--hidden-layers", "1"]).hidden_layers == 1
     assert iq_offline.main(argv) == 0
     assert json.loads((tmp_path / "run" / "args.json").read_text())["hidden_layers"] == own["hidden_layers"]
-
-
-def test_linear_without_a_bias_it_mirrors_with_the_state(command, tmp_path):
-    """CartPole's setting; the same flags with a bias do not."""
-    obs = torch.randn(64, 4)
-    for name, flags, mirrors in (("own", [], True), ("biased", ["--bias"], False)):
-        argv = command("--env-id", "CartPole-v1", "--demos", DISCRETE, "--eval-every", "0", "--run-name", name, *flags)
-        assert iq_offline.main(argv) == 0
-        network, _, _ = iq_offline.load_model(tmp_path / name / "model.pt")
-        assert torch.allclose(network(-obs), -network(obs), atol=1e-6) is mirrors
 
 
 # ---------------------------------------------------------------------------------------------------- learning
