@@ -630,18 +630,20 @@ def mirrored(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
 
 def add_images(demos: Demonstrations, name: str, num_actions: int) -> Demonstrations:
     """The demonstrations of environment `name` and, behind them, their mirror images: an expert could have shown those.
+    None, and a warning, where the sizes are not those in MIRROR.
 
     DEVIATION: the paper has what was recorded alone.
 
     Raises:
-        BadInput: MIRROR has no such environment, or one of other sizes.
+        BadInput: MIRROR has no such environment.
     """
     check(name in MIRROR, f"--mirror: {name} is not known to look the same in a mirror, only {', '.join(MIRROR)}")
     obs_order, action_order = MIRROR[name]
     obs, action, next_obs, terminated = demos.transitions
-    check((obs.shape[1:], num_actions) == ((len(obs_order),), len(action_order)),
-          f"--mirror: observations of shape {tuple(obs.shape[1:])} and {num_actions} actions, {name} has "
-          f"({len(obs_order)},) and {len(action_order)}; --no-mirror does without")
+    if (obs.shape[1:], num_actions) != ((len(obs_order),), len(action_order)):
+        print(f"warning: no mirror images: observations of shape {tuple(obs.shape[1:])} and {num_actions} actions, "
+              f"{name} has ({len(obs_order)},) and {len(action_order)}", file=sys.stderr)
+        return demos
     images = Batch(mirrored(obs, obs_order), torch.tensor(action_order, device=action.device)[action],
                    mirrored(next_obs, obs_order), terminated)
     print(f"and their mirror images, {2 * len(obs)} transitions in all (--mirror)", flush=True)

@@ -817,17 +817,20 @@ def mirrored(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
 
 def add_images(demos: Demonstrations, name: str) -> Demonstrations:
     """The demonstrations of environment `name` and, behind them, their mirror images: an expert could have shown those.
+    None, and a warning, where the sizes are not those in MIRROR.
 
     DEVIATION: the paper has what was recorded alone.
 
     Raises:
-        BadInput: MIRROR has no such environment, or one of other sizes.
+        BadInput: MIRROR has no such environment.
     """
     check(name in MIRROR, f"--mirror: {name} is not known to look the same in a mirror, only {', '.join(MIRROR)}")
     obs_order = MIRROR[name]
     obs, next_obs, terminated = demos.transitions
-    check(obs.shape[1:] == (len(obs_order),), f"--mirror: an observation has shape {tuple(obs.shape[1:])}, {name}'s has "
-          f"({len(obs_order)},); --no-mirror does without")
+    if obs.shape[1:] != (len(obs_order),):
+        print(f"warning: no mirror images: an observation has shape {tuple(obs.shape[1:])}, {name}'s ({len(obs_order)},)",
+              file=sys.stderr)
+        return demos
     images = States(mirrored(obs, obs_order), mirrored(next_obs, obs_order), terminated)
     print(f"and their mirror images, {2 * len(obs)} transitions in all (--mirror)", flush=True)
     return demos._replace(transitions=States(*map(torch.cat, zip(demos.transitions, images))),

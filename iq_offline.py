@@ -589,7 +589,9 @@ def find_spaces(where: str, data: dict[str, np.ndarray], spaces: Spaces | None) 
               f"and the actions of --env-id are {'continuous' if expected else 'discrete'}")
         data = data | dict(zip(SIZES, map(np.array, spaces[1:])))
     if actions.dtype.kind != "f":
-        count = data.get("num_actions", int(actions.max()) + 1)
+        obs_order, action_order = MIRROR.get(env_name(data["env_id"]), ((), ()))  # a known task may have more than are shown
+        known = len(action_order) if obs_shape == (len(obs_order),) else 0
+        count = data.get("num_actions", max(known, int(actions.max()) + 1))
         check(actions.min() >= 0, f"{where}: actions from {actions.min()}, expected 0 or more")
         check(np.shape(count) == () and np.asarray(count).dtype.kind in "iu" and count > 0,
               f"{where}: num_actions of {np.asarray(count).dtype} and shape {np.shape(count)}, expected a whole number")
@@ -687,25 +689,26 @@ def mirrored(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
 
 def add_images(demos: Demonstrations, name: str) -> Demonstrations:
     """The demonstrations of environment `name` and, behind them, their mirror images: an expert could have shown those.
+    None, and a warning, where the sizes are not those in MIRROR.
 
     DEVIATION: the paper has what was recorded alone.
 
     Raises:
-        BadInput: MIRROR has no such environment, or one of other sizes.
+        BadInput: MIRROR has no such environment.
     """
     check(name in MIRROR, f"--mirror: {name} is not known to look the same in a mirror, only {', '.join(MIRROR)}"
           + "; --env-id tells which task it is" * (name == "unknown"))
     obs_order, action_order = MIRROR[name]
     obs, action, next_obs, terminated = demos.transitions
-    num_actions = demos.spaces.num_actions  # without an environment those up to the last that is shown: maybe not all
-    check(obs.shape[1:] == (len(obs_order),) and 0 < num_actions <= len(action_order),
-          f"--mirror: observations of shape {tuple(obs.shape[1:])} and {num_actions or 'continuous'} actions, {name} has "
-          f"({len(obs_order)},) and {len(action_order)}; --no-mirror does without")
+    num_actions = demos.spaces.num_actions
+    if (obs.shape[1:], num_actions) != ((len(obs_order),), len(action_order)):
+        print(f"warning: no mirror images: observations of shape {tuple(obs.shape[1:])} and {num_actions or 'continuous'} "
+              f"actions, {name} has ({len(obs_order)},) and {len(action_order)}", file=sys.stderr)
+        return demos
     images = Batch(mirrored(obs, obs_order), torch.tensor(action_order, device=action.device)[action],
                    mirrored(next_obs, obs_order), terminated)
     print(f"and their mirror images, {2 * len(obs)} transitions in all (--mirror)", flush=True)
-    return demos._replace(spaces=demos.spaces._replace(num_actions=len(action_order)),
-                          transitions=Batch(*map(torch.cat, zip(demos.transitions, images))),
+    return demos._replace(transitions=Batch(*map(torch.cat, zip(demos.transitions, images))),
                           initial_obs=torch.cat([demos.initial_obs, mirrored(demos.initial_obs, obs_order)]))
 
 

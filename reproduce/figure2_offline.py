@@ -9,7 +9,7 @@ Where few trajectories are drawn, which ones decides more than the method: figur
 take 15 of the 30 trajectories, and the second table of figure2_offline.md their spread.
 
 All three settings learn from the mirror images of the transitions, too (`--mirror`); the paper has none, and the rows "as
-recorded" have none.
+recorded" have none, their settings otherwise the same.
 """
 from pathlib import Path
 
@@ -26,7 +26,7 @@ TASKS = {f"{name}{label}": (*panel, flags) for name, panel in PANELS.items()
          for label, flags in (("", ""), (", as recorded", "--no-mirror"))}
 # W1 bounds the slope of Q, so its τ is small; no χ² joins it.
 METHODS = {"chi2": "", "w1": "--divergence w1 --temperature 0.01 --chi2-alpha None", "bc": "--objective bc"}
-DRAWS = range(241, 261)  # of the second table; read before with Acrobot's and LunarLander's earlier setting or expert, too
+DRAWS = range(241, 261)  # of the second table; read before with earlier settings and experts, too
 MORE = FOLDER / "figure2_draws.csv"
 FEW = {task: (1, 3) if task.startswith("LunarLander") else (1,) for task in TASKS}  # trajectories there
 NAMES = {"chi2": "IQ-Learn, χ²", "w1": "IQ-Learn, W1", "bc": "cloning"}
