@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -152,11 +153,14 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
         f"from one trajectory online {mean('discrete', task=recorded, method='iq', **one):.0f} "
         f"(cloning {mean('discrete', task=recorded, method='bc', **one):.0f}; "
         f"{mean('discrete', task=f'{recorded}, play in the loss', **one):.0f} with play in the loss".replace("-", "−"),
-        f"offline {mean('figure2_offline', task=recorded, method='chi2', **one):.0f} "
-        f"({mean('figure2_offline', task=recorded, method='bc', **one):.0f}), "
-        f"from observations {mean('table6_ilo', task='LunarLander-v3', method='idm, not mirrored', **one):.0f}",
-        "Offline, mirrored, from 1 / 3 / 7 / 10 / 15: " + " / ".join(
-            f"{mean('figure2_offline', task='LunarLander', method='chi2', demos=str(n)):.0f}" for n in (1, 3, 7, 10, 15)),
+        f"from observations {mean('table6_ilo', task='LunarLander-v3', method='idm, not mirrored', **one):.0f}, "
+        + ", ".join(f"{words} {mean('figure2_offline', task=f'{task}, as recorded', method='chi2', **one):.0f} "
+                    f"({mean('figure2_offline', task=f'{task}, as recorded', method='bc', **one):.0f})".replace("-", "−")
+                    for words, task in (("offline", "LunarLander"), ("where CartPole has", "CartPole"),
+                                        ("Acrobot", "Acrobot"))),
+        "Offline, mirrored, from 1 / 3 / 7 / 10 / 15, LunarLander has " + ", Acrobot ".join(" / ".join(
+            f"{mean('figure2_offline', task=task, method='chi2', demos=str(n)):.0f}".replace("-", "−")
+            for n in (1, 3, 7, 10, 15)) for task in ("LunarLander", "Acrobot")),
         "Pong models score " + ", clones ".join(", ".join(f"{mean('pong', 'mean_of_48', method=method, seed=seed):.1f}"
                                                 for seed in ("106", "107", "108")) for method in ("iq", "bc")),
         f"after 4,000 updates: {mean(method='iq', **curve):.1f}, clones {mean(method='bc', **curve):.1f}",
@@ -166,11 +170,11 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
         f"{mean('pong', 'last_weights_mean_of_48', method='iq-6000'):.1f})",
         f"Walker2d has {mean('offline_mujoco', task='Walker2d-v5', method='iq', **offline):.0f} "
         f"(cloning {mean('offline_mujoco', task='Walker2d-v5', method='bc', **offline):.0f})",
-        "over 20 more draws, " + ", ".join(
-            f"{task} {mean('figure2_draws', task=name, demos=n, method='chi2'):.0f} "
-            f"(cloning {mean('figure2_draws', task=name, demos=n, method='bc'):.0f})"
-            for task, name, n in (("CartPole has", "CartPole", "1"), ("LunarLander from one", "LunarLander", "1"),
-                                  ("from three", "LunarLander", "3"))),
+        "over 20 more draws of one, " + ", ".join(
+            f"{words} {mean('figure2_draws', task=task, demos=n, method='chi2'):.0f} "
+            f"({cloned}{mean('figure2_draws', task=task, demos=n, method='bc'):.0f})".replace("-", "−")
+            for words, cloned, task, n in (("CartPole has", "cloning ", "CartPole", "1"), ("Acrobot", "", "Acrobot", "1"),
+                                           ("LunarLander", "", "LunarLander", "1"), ("from three", "", "LunarLander", "3"))),
         f"Ant {mean('offline_mujoco', task='Ant-v5', method='iq', **offline):.0f} "
         f"({mean('offline_mujoco', task='Ant-v5', method='bc', **offline):.0f})",
     ]
@@ -218,12 +222,12 @@ def test_what_play_in_the_loss_costs_on_lunar_lander_is_said_beside_its_settings
 
 def test_what_the_mirror_is_worth_on_lunar_lander_is_said_beside_its_settings():
     """And the scores in a docstring are those of the setting, not those that the tables have without images."""
-    alone = "LunarLander, as recorded"
     discrete, offline, ilo = ((ROOT / f"iq_{name}.py").read_text() for name in ("discrete", "offline", "ilo"))
     one = {"demos": "1"}
     assert f"Mirrored, {mean('discrete', task='LunarLander', method='iq', **one):.0f} from one trajectory" in discrete
-    own, without = (mean("figure2_offline", task=task, method="chi2", **one) for task in ("LunarLander", alone))
-    assert f"mirrored: {own:.0f} from one trajectory, {without:.0f} without" in offline
+    own, without = (" / ".join(f"{mean('figure2_offline', task=task + label, method='chi2', **one):.0f}".replace("-", "−")
+                               for task in ("CartPole", "Acrobot", "LunarLander")) for label in ("", ", as recorded"))
+    assert f"mirrored. From one trajectory {own}, {without} without." in offline
     own, without = (mean("table6_ilo", task="LunarLander-v3", method=f"idm{rest}", **one) for rest in ("", ", not mirrored"))
     assert f"DEVIATION: {own:.0f} from one trajectory, {without:.0f} without" in ilo
     from_ten = mean("table6_ilo", task="LunarLander-v3", method="idm", demos="10")
@@ -239,6 +243,18 @@ def test_rows_of_lunar_lander_are_labelled_by_whether_they_are_mirrored(name):
     before = {row["commit"] for row in rows if row not in mirrored and "--no-mirror" not in row["command"]}
     assert mirrored and before and len(mirrored) < len(rows)
     assert not any("--no-mirror" in row["command"] or row["commit"] in before for row in mirrored)
+
+
+@pytest.mark.parametrize("name", ["figure2_offline", "figure2_draws"])
+@pytest.mark.parametrize("task", ["CartPole", "Acrobot"])
+def test_offline_rows_are_labelled_by_whether_they_are_mirrored(name, task):
+    """Those of the other two tasks were all run at one commit, which had the flag."""
+    with open(ROOT / "reproduce" / f"{name}.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["task"].startswith(task)]
+    runs = {"figure2_offline": 5 * 3 * 5, "figure2_draws": 2 * 20}[name]  # seeds, methods, numbers of trajectories
+    assert Counter(row["task"] for row in rows) == {task: runs, f"{task}, as recorded": runs}
+    assert all(("--no-mirror" in row["command"]) is (row["task"] != task) for row in rows)
+    assert len({row["commit"] for row in rows}) == 1
 
 
 # Least number of episodes in a file, where they are too large for the 30 of all the others.
