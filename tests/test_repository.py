@@ -164,9 +164,10 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
         "Pong models score " + ", clones ".join(", ".join(f"{mean('pong', 'mean_of_48', method=method, seed=seed):.1f}"
                                                 for seed in ("106", "107", "108")) for method in ("iq", "bc")),
         f"after 4,000 updates: {mean(method='iq', **curve):.1f}, clones {mean(method='bc', **curve):.1f}",
-        f"After 6,000, one seed: {mean('pong', 'mean_of_48', method='iq-6000'):.1f} over the 48, with play in the loss "
-        f"{mean('pong', 'mean_of_48', method='iq-play'):.1f}",
-        f"(Pong, one seed: {mean('pong', 'mean_of_48', method='iq-6000'):.1f}, the last's "
+        "After 6,000, tuning seeds 1 to 3: " + " over the 48, with play in the loss ".join(
+            ", ".join(f"{mean('pong', 'mean_of_48', method=method, seed=seed):.1f}" for seed in "123")
+            for method in ("iq-6000", "iq-play")),
+        f"(Pong, three seeds: {mean('pong', 'mean_of_48', method='iq-6000'):.1f}, the last's "
         f"{mean('pong', 'last_weights_mean_of_48', method='iq-6000'):.1f})",
         f"Walker2d has {mean('offline_mujoco', task='Walker2d-v5', method='iq', **offline):.0f} "
         f"(cloning {mean('offline_mujoco', task='Walker2d-v5', method='bc', **offline):.0f})",
@@ -189,8 +190,9 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
     assert [sentence for sentence in sentences if sentence not in text] == []
     pong = [f"{mean('pong', method='iq', seed=seed):.1f}" for seed in ("106", "107", "108")]
     assert f"{pong[0]}, {pong[1]} and {pong[2]}" in (ROOT / "iq_atari.py").read_text()
-    played, without = (f"{mean('pong', 'mean_of_48', method=method):.1f}" for method in ("iq-play", "iq-6000"))
-    assert f"read {played} on average, without it {without} (one seed)" in " ".join(
+    played, without = (" / ".join(f"{mean('pong', 'mean_of_48', method=method, seed=seed):.1f}" for seed in "123")
+                       for method in ("iq-play", "iq-6000"))
+    assert f"read {played} on average (tuning seeds 1 to 3), without it {without}." in " ".join(
         importlib.import_module("iq_atari").__doc__.split())
     docstring = " ".join(importlib.import_module("iq_continuous").__doc__.split())
     for task in importlib.import_module("table3_mujoco").TASKS:
