@@ -817,7 +817,7 @@ def mirrored(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
 
 def add_images(demos: Demonstrations, name: str) -> Demonstrations:
     """The demonstrations of environment `name` and, behind them, their mirror images: an expert could have shown those.
-    None, and a warning, where the sizes are not those in MIRROR.
+    Without images, and with a warning, where the sizes are not those in MIRROR.
 
     DEVIATION: the paper has what was recorded alone.
 

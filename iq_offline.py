@@ -575,7 +575,8 @@ def choose_transitions(args: Args, lengths: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def find_spaces(where: str, data: dict[str, np.ndarray], spaces: Spaces | None) -> Spaces:
-    """Sizes and bounds of the environment, else of the file, else of the data; checked against the actions.
+    """Sizes and bounds of the environment, else of the file, else of the data, or of the task in MIRROR that the file names;
+    checked against the actions.
 
     Raises:
         BadInput: actions or observations that do not fit, or sizes or bounds in the file that are none.
@@ -689,7 +690,7 @@ def mirrored(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
 
 def add_images(demos: Demonstrations, name: str) -> Demonstrations:
     """The demonstrations of environment `name` and, behind them, their mirror images: an expert could have shown those.
-    None, and a warning, where the sizes are not those in MIRROR.
+    Without images, and with a warning, where the sizes are not those in MIRROR.
 
     DEVIATION: the paper has what was recorded alone.
 
