@@ -28,7 +28,8 @@ TASKS = {f"{name}{label}": (*panel, flags) for name, panel in PANELS.items()
 METHODS = {"chi2": "", "w1": "--divergence w1 --temperature 0.01 --chi2-alpha None", "bc": "--objective bc"}
 DRAWS = range(241, 261)  # of the second table; read before with earlier settings and experts, too
 MORE = FOLDER / "figure2_draws.csv"
-FEW = {task: (1, 3) if task.startswith("LunarLander") else (1,) for task in TASKS}  # trajectories there
+FEW = {"LunarLander": (1, 3, 7, 30), "LunarLander, as recorded": (1, 3)}  # trajectories there
+FEW = {task: FEW.get(task, (1,)) for task in TASKS}
 NAMES = {"chi2": "IQ-Learn, χ²", "w1": "IQ-Learn, W1", "bc": "cloning"}
 
 
