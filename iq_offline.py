@@ -56,9 +56,9 @@ SCRIPT = "iq_offline"
 RANDOM_RETURN = {"CartPole": 23.0, "Acrobot": -498.2, "LunarLander": -186.5, "Pendulum": -1199.9,
                  "Hopper": 15.4, "HalfCheetah": -289.6, "Walker2d": 0.9, "Ant": -53.6, "Humanoid": 112.4}
 # Tasks that look the same in a mirror: which entry of the observation its image has at each place, counted from 1, minus for
-# the other sign; then which action stands for each.
+# the other sign; then which action stands for each, from 0, or which entries, as of an observation, where it is continuous.
 MIRROR = {"CartPole": ((-1, -2, -3, -4), (1, 0)), "Acrobot": ((1, -2, 3, -4, -5, -6), (2, 1, 0)),
-          "LunarLander": ((-1, 2, -3, 4, -5, -6, 8, 7), (0, 3, 2, 1))}
+          "LunarLander": ((-1, 2, -3, 4, -5, -6, 8, 7), (0, 3, 2, 1)), "Pendulum": ((1, -2, -3), (-1,))}
 MUJOCO = {"hidden_size": 256}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
@@ -71,6 +71,7 @@ SETTINGS: dict[str, dict] = {
                 "chi2_alpha": 50.0, "learning_rate": 1e-2, "mirror": True, "total_updates": 3_000},
     "LunarLander": {"standardize_obs": False, "hidden_size": 256, "weight_decay": 0.1, "temperature": 1.0,
                     "chi2_alpha": 50.0, "mirror": True, "total_updates": 3_000},
+    "Pendulum": {"mirror": True},  # DEVIATION, as above
     "Hopper": MUJOCO | {"gamma": 0.97, "temperature": 0.1},  # DEVIATION: as in iq_continuous.py
     "HalfCheetah": MUJOCO, "Walker2d": MUJOCO,
     "Ant": MUJOCO | {"obs_dims": 27}, "Humanoid": MUJOCO | {"obs_dims": 45},  # positions, velocities: iq_continuous.py
@@ -88,7 +89,7 @@ class Args:
     demos: str | None = None  # an .npz file or a Minari dataset id (default: the bundled file)
     num_demos: int = 10  # trajectories, drawn by the seed; 0 for all
     subsample_freq: int = 1  # keep every k-th transition of a trajectory, from a random offset
-    mirror: bool = False  # learn from the transitions' mirror images, too (CartPole, Acrobot, LunarLander)
+    mirror: bool = False  # learn from the transitions' mirror images, too (CartPole, Acrobot, LunarLander, Pendulum)
     holdout: float = 0.0  # share of those trajectories that is kept out of training, to measure on
     dones_are: Literal["terminations", "time-limits"] | None = None  # what a file's `dones` mark
     # The objective (the letters of the equations in brackets)
@@ -690,7 +691,7 @@ def mirrored(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
 
 def add_images(demos: Demonstrations, name: str) -> Demonstrations:
     """The demonstrations of environment `name` and, behind them, their mirror images: an expert could have shown those.
-    Without images, and with a warning, where the sizes are not those in MIRROR.
+    Without images, and with a warning, where sizes or bounds are not those in MIRROR.
 
     DEVIATION: the paper has what was recorded alone.
 
@@ -701,13 +702,15 @@ def add_images(demos: Demonstrations, name: str) -> Demonstrations:
           + "; --env-id tells which task it is" * (name == "unknown"))
     obs_order, action_order = MIRROR[name]
     obs, action, next_obs, terminated = demos.transitions
-    num_actions = demos.spaces.num_actions
-    if (obs.shape[1:], num_actions) != ((len(obs_order),), len(action_order)):
-        print(f"warning: no mirror images: observations of shape {tuple(obs.shape[1:])} and {num_actions or 'continuous'} "
-              f"actions, {name} has ({len(obs_order)},) and {len(action_order)}", file=sys.stderr)
+    obs_shape, num_actions, low, high = demos.spaces
+    count = len(action_order) if 0 in action_order else 0  # of discrete actions
+    fits = num_actions == count if count else [-x for x in low] == list(high) and len(low) == len(action_order)
+    if obs_shape != (len(obs_order),) or not fits:
+        print(f"warning: no mirror images: observations of shape {tuple(obs_shape)} and {num_actions or 'continuous'} "
+              f"actions, {name} has ({len(obs_order)},) and {count or 'continuous ones with bounds ±x'}", file=sys.stderr)
         return demos
-    images = Batch(mirrored(obs, obs_order), torch.tensor(action_order, device=action.device)[action],
-                   mirrored(next_obs, obs_order), terminated)
+    image = torch.tensor(action_order, device=action.device)[action] if count else mirrored(action, action_order)
+    images = Batch(mirrored(obs, obs_order), image, mirrored(next_obs, obs_order), terminated)
     print(f"and their mirror images, {2 * len(obs)} transitions in all (--mirror)", flush=True)
     return demos._replace(transitions=Batch(*map(torch.cat, zip(demos.transitions, images))),
                           initial_obs=torch.cat([demos.initial_obs, mirrored(demos.initial_obs, obs_order)]))

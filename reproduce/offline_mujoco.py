@@ -1,4 +1,5 @@
-"""Offline MuJoCo: `iq_offline.py` from 1, 4 and 10 trajectories, IQ-Learn beside cloning; last score. And Pendulum, from 20.
+"""Offline MuJoCo: `iq_offline.py` from 1, 4 and 10 trajectories, IQ-Learn beside cloning; last score. And Pendulum, from 5
+and 20, with the mirror images of its transitions, which is its setting, and as recorded (`--no-mirror`).
 
     python reproduce/offline_mujoco.py
 
@@ -16,8 +17,9 @@ TASKS = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Ant-v5")
 NUMBERS = (1, 4, 10)
 # Hopper's settings and Walker2d's demonstrations were changed after 101 to 103 had been read; HalfCheetah's and Ant's
 # demonstrations too, but they keep these seeds.
-FIRST_SEED = {"Hopper-v5": 104, "Walker2d-v5": 104, "Pendulum-v1": 104}  # Pendulum's 101 and 102 had been read
-CASES = [(task, n) for task in TASKS for n in NUMBERS] + [("Pendulum-v1", 20)]
+PENDULUM = {"Pendulum-v1": "", "Pendulum-v1, as recorded": " --no-mirror"}
+FIRST_SEED = {"Hopper-v5": 104, "Walker2d-v5": 104} | dict.fromkeys(PENDULUM, 104)  # Pendulum's 101 and 102 had been read
+CASES = [(task, n) for task in TASKS for n in NUMBERS] + [(task, n) for n in (5, 20) for task in PENDULUM]
 MANY = (("Walker2d-v5", 1), ("Ant-v5", 1), ("HalfCheetah-v5", 4))
 METHODS = {"iq": "", "bc": " --objective bc"}
 UPDATES = 10_000
@@ -42,11 +44,12 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(cores: tuple[int, ...] = (0, 1), tasks: tuple[str, ...] = (*TASKS, "Pendulum-v1")):
+def main(cores: tuple[int, ...] = (0, 1), tasks: tuple[str, ...] = (*TASKS, *PENDULUM)):
     """Run what is missing."""
     jobs = [({"task": task, "demos": n, "method": method, "seed": seed},
-             f"iq_offline.py --env-id {task} --num-demos {n} --seed {seed} --total-updates {UPDATES} --eval-every {UPDATES} "
-             f"--eval-episodes 10{more} --run-name offline_{task}_{n}_{method}_{seed}")
+             f"iq_offline.py --env-id {task.split(',')[0]} --num-demos {n} --seed {seed} --total-updates {UPDATES} "
+             f"--eval-every {UPDATES} --eval-episodes 10{more}{PENDULUM.get(task, '')} "
+             f"--run-name offline_{task.replace(', ', '_').replace(' ', '-')}_{n}_{method}_{seed}")
             for task, n in CASES if task in tasks for seed in seeds(task, n) for method, more in METHODS.items()]
     rows = run_all(jobs, FOLDER / "offline_mujoco.csv", cores=cores)
     (FOLDER / "offline_mujoco.md").write_text(table(rows))

@@ -82,6 +82,7 @@ FIELD_VERSIONS = {
     "learning_starts": ("continuous | ilo", "uniformly random actions, for the inverse dynamics"),
     "cloning_weight": ("continuous | offline", "offline it does not fade"),
     "hidden_size": ("continuous ilo | discrete | offline", "measured"),
+    "mirror": ("discrete ilo | offline", "continuous actions, too"),
     "actor_lr": ("continuous ilo | offline", "measured"),
     "critic_lr": ("continuous ilo | offline", "measured"),
     "random_start": ("discrete | ilo", "grid or maze"),

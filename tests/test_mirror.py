@@ -22,7 +22,7 @@ class Still:
 
 def set_mirror_image(env, image) -> None:
     """Put `image` into the state that `env` has in the mirror, both unwrapped."""
-    if not hasattr(env, "lander"):
+    if not hasattr(env, "lander"):  # angles, positions and their rates
         image.state = -np.asarray(env.state)
         return
     from gymnasium.envs.box2d.lunar_lander import SCALE, VIEWPORT_W
@@ -36,14 +36,14 @@ def set_mirror_image(env, image) -> None:
 
 def compare(env_id: str, seed: int, actions, error: float) -> np.ndarray:
     """Play `actions` and their images side by side, up to where a leg touches the ground; returns the last observation."""
-    obs_order, action_order = iq_discrete.MIRROR[iq_discrete.env_name(env_id)]
+    obs_order, action_order = iq_offline.MIRROR[iq_offline.env_name(env_id)]
     env, image = gym.make(env_id), gym.make(env_id)
     env.reset(seed=seed)
     image.reset(seed=seed)
     set_mirror_image(env.unwrapped, image.unwrapped)
     env.unwrapped.np_random = image.unwrapped.np_random = Still()
     for t, action in enumerate(actions):
-        obs, shown = env.step(int(action))[0], image.step(action_order[action])[0]
+        obs, shown = env.step(action)[0], image.step(-action if env_id.startswith("Pendulum") else action_order[action])[0]
         expected = iq_discrete.mirrored(torch.as_tensor(obs)[None], obs_order)[0].numpy()
         np.testing.assert_allclose(shown, expected, atol=error, err_msg=f"step {t}")
         if env_id.startswith("LunarLander") and obs[6:].any():
@@ -53,11 +53,12 @@ def compare(env_id: str, seed: int, actions, error: float) -> np.ndarray:
 
 # LunarLander's legs hang on joints that its engine solves one after the other, so that the image is nearly the same.
 @pytest.mark.parametrize("env_id, steps, error", [("CartPole-v1", 20, 1e-6), ("Acrobot-v1", 60, 1e-4),
-                                                  ("LunarLander-v3", 60, 0.01)])
+                                                  ("LunarLander-v3", 60, 0.01), ("Pendulum-v1", 60, 1e-4)])
 def test_the_image_of_an_episode_is_an_episode(env_id, steps, error):
     for seed in range(3):
-        num_actions = len(iq_discrete.MIRROR[iq_discrete.env_name(env_id)][1])
-        compare(env_id, seed, np.random.default_rng(seed).integers(num_actions, size=steps), error)
+        space = gym.make(env_id).action_space
+        space.seed(seed)
+        compare(env_id, seed, [space.sample() for _ in range(steps)], error)
 
 
 def test_the_other_leg_touches_the_ground_in_the_image():
@@ -111,7 +112,7 @@ def test_no_image_of_another_task_of_that_name(add, sizes, capsys):
     (iq_discrete, "--env-id GridWorld-v0 --demos {root}/demos/GridWorld-v0.npz", "--mirror: GridWorld is not known"),
     (iq_ilo, "--env-id Hopper-v5", "--mirror: Hopper is not known"),
     (iq_offline, "--env-id Hopper-v5 --num-demos 1", "--mirror: Hopper is not known"),
-    (iq_offline, "--demos {tmp}/nameless.npz --num-demos 1", "CartPole, Acrobot, LunarLander; --env-id tells which task"),
+    (iq_offline, "--demos {tmp}/nameless.npz --num-demos 1", "LunarLander, Pendulum; --env-id tells which task it is"),
 ])
 def test_no_image_where_none_is_known(script, flags, message, tmp_path, capsys):
     ends = np.array([False, True])
@@ -128,9 +129,12 @@ def test_no_image_where_none_is_known(script, flags, message, tmp_path, capsys):
     ("LunarLander-v3", 8, [0, 4], {}, "of shape (8,) and 5 actions, LunarLander has"),
     ("Acrobot-v1", 6, [0, 1], {"num_actions": np.array(2)}, "of shape (6,) and 2 actions, Acrobot has (6,) and 3"),
     ("CartPole-v1", 2, [0, 1], {}, "of shape (2,) and 2 actions, CartPole has (4,) and 2"),
+    ("Pendulum-v1", 3, [0, 1], {}, "of shape (3,) and 2 actions, Pendulum has (3,) and continuous ones"),
+    ("Pendulum-v1", 3, [[0.5, 0], [1, 1]], {}, "of shape (3,) and continuous actions, Pendulum has"),
+    ("Pendulum-v1", 3, [[-1.5], [2.0]], {}, "of shape (3,) and continuous actions, Pendulum has"),  # bounds from the data
 ])
 def test_a_file_of_other_sizes_under_a_known_name_has_no_images(env_id, size, actions, more, message, tmp_path, capsys):
-    """Offline its name alone gave it the setting: LunarLander's continuous actions, or observations of one's own."""
+    """Offline its name alone gave it the setting: LunarLander's continuous actions, or one's own observations or bounds."""
     ends = np.array([False, True])
     np.savez(tmp_path / "own.npz", observations=np.eye(3, size, dtype=np.float32), actions=np.array(actions),
              terminations=ends, truncations=ends & ~ends, episode_lengths=np.array([2]), env_id=np.array(env_id), **more)
@@ -144,10 +148,10 @@ def test_a_file_of_other_sizes_under_a_known_name_has_no_images(env_id, size, ac
 
 
 @pytest.mark.parametrize("script, names", [(iq_discrete, {"LunarLander"}), (iq_ilo, {"LunarLander"}),
-                                           (iq_offline, {"CartPole", "Acrobot", "LunarLander"})])
+                                           (iq_offline, {"CartPole", "Acrobot", "LunarLander", "Pendulum"})])
 def test_whose_settings_have_images_unless_told_otherwise(script, names):
     assert not script.Args().mirror
-    for env_id in ("CartPole-v1", "Acrobot-v1", "LunarLander-v3"):
+    for env_id in ("CartPole-v1", "Acrobot-v1", "LunarLander-v3", *["Pendulum-v1"] * (script is iq_offline)):
         assert script.parse_args(["--env-id", env_id]).mirror is (script.env_name(env_id) in names)
         assert not script.parse_args(["--env-id", env_id, "--no-mirror"]).mirror
 
@@ -179,8 +183,22 @@ def test_trained_on_images_the_policy_mirrors_with_the_state(tmp_path):
     assert agreement["--mirror"] > 0.98 > 0.9 > agreement["--no-mirror"]
 
 
+def test_continuous_actions_are_mirrored(tmp_path, monkeypatch):
+    """The images behind Pendulum's transitions: the sine of the angle, its rate and the torque with the other sign."""
+    drawn, draw = [], iq_offline.draw
+    monkeypatch.setattr(iq_offline, "draw", lambda demos, n: drawn.append(demos) or draw(demos, n))
+    assert iq_offline.main(["--env-id", "Pendulum-v1", "--num-demos", "2", "--total-updates", "1", "--eval-every", "0",
+                            "--out-dir", str(tmp_path)]) == 0
+    demos, signs = drawn[0], torch.tensor([1.0, -1, -1])
+    assert len(demos.transitions.obs) == 2 * 400 and len(demos.initial_obs) == 4
+    obs, action, next_obs, terminated = (field.chunk(2) for field in demos.transitions)
+    assert torch.equal(obs[1], obs[0] * signs) and torch.equal(next_obs[1], next_obs[0] * signs)
+    assert torch.equal(action[1], -action[0]) and torch.equal(*terminated) and action[0].abs().max() > 0.5
+    assert torch.equal(demos.initial_obs[2:], demos.initial_obs[:2] * signs)
+
+
 def test_the_scripts_agree_on_the_mirror():
-    assert iq_offline.MIRROR == iq_discrete.MIRROR
+    assert iq_offline.MIRROR == iq_discrete.MIRROR | {"Pendulum": ((1, -2, -3), (-1,))}
     assert iq_ilo.MIRROR == {name: obs_order for name, (obs_order, _) in iq_discrete.MIRROR.items()}
 
 
