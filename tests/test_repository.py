@@ -175,7 +175,9 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
             f"{words} {mean('figure2_draws', task=task, demos=n, method='chi2'):.0f} "
             f"({cloned}{mean('figure2_draws', task=task, demos=n, method='bc'):.0f})".replace("-", "−")
             for words, cloned, task, n in (("CartPole has", "cloning ", "CartPole", "1"), ("Acrobot", "", "Acrobot", "1"),
-                                           ("LunarLander", "", "LunarLander", "1"), ("from three", "", "LunarLander", "3"))),
+                                           ("LunarLander", "", "LunarLander", "1"), ("from three", "", "LunarLander", "3"),
+                                           ("from seven", "", "LunarLander", "7"),
+                                           ("from all 30", "", "LunarLander", "30"))),
         f"Ant {mean('offline_mujoco', task='Ant-v5', method='iq', **offline):.0f} "
         f"({mean('offline_mujoco', task='Ant-v5', method='bc', **offline):.0f})",
     ]
