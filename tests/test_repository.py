@@ -180,6 +180,8 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
                                            ("from all 30", "", "LunarLander", "30"))),
         f"Ant {mean('offline_mujoco', task='Ant-v5', method='iq', **offline):.0f} "
         f"({mean('offline_mujoco', task='Ant-v5', method='bc', **offline):.0f})",
+        f"from five, mirrored, Pendulum {mean('offline_mujoco', task='Pendulum-v1', method='iq', demos='5'):.0f} "
+        f"({mean('offline_mujoco', task='Pendulum-v1', method='bc', demos='5'):.0f})".replace("-", "−"),
     ]
     shares = {variant: [mean("ladder_mujoco", task=task, variant=variant) / mean("ladder_mujoco", "expert", task=task)
                         for task in ("Hopper-v5", "Walker2d-v5")]
@@ -224,7 +226,7 @@ def test_what_play_in_the_loss_costs_on_lunar_lander_is_said_beside_its_settings
     assert f"{cnn:.2f} of the walls that no demonstration has, by the MLP {mlp:.2f}" in comments
 
 
-def test_what_the_mirror_is_worth_on_lunar_lander_is_said_beside_its_settings():
+def test_what_the_mirror_is_worth_is_said_beside_the_settings():
     """And the scores in a docstring are those of the setting, not those that the tables have without images."""
     discrete, offline, ilo = ((ROOT / f"iq_{name}.py").read_text() for name in ("discrete", "offline", "ilo"))
     one = {"demos": "1"}
@@ -232,6 +234,9 @@ def test_what_the_mirror_is_worth_on_lunar_lander_is_said_beside_its_settings():
     own, without = (" / ".join(f"{mean('figure2_offline', task=task + label, method='chi2', **one):.0f}".replace("-", "−")
                                for task in ("CartPole", "Acrobot", "LunarLander")) for label in ("", ", as recorded"))
     assert f"mirrored. From one trajectory {own}, {without} without." in offline
+    own, expert, without = (f"−{-mean('offline_mujoco', column, task=f'Pendulum-v1{rest}', method='iq', demos='5'):.0f}"
+                            for column, rest in (("eval_return", ""), ("expert", ""), ("eval_return", ", as recorded")))
+    assert f"DEVIATION: from five trajectories {own} of {expert}, {without} without" in offline
     own, without = (mean("table6_ilo", task="LunarLander-v3", method=f"idm{rest}", **one) for rest in ("", ", not mirrored"))
     assert f"DEVIATION: {own:.0f} from one trajectory, {without:.0f} without" in ilo
     from_ten = mean("table6_ilo", task="LunarLander-v3", method="idm", demos="10")
