@@ -704,7 +704,7 @@ def add_images(demos: Demonstrations, name: str) -> Demonstrations:
     obs_order, action_order = MIRROR[name]
     obs, action, next_obs, terminated = demos.transitions
     obs_shape, num_actions, low, high = demos.spaces
-    count = len(action_order) if 0 in action_order else 0  # of discrete actions
+    count = len(action_order) if 0 in action_order else 0  # of discrete actions; entries are counted from 1
     fits = num_actions == count if count else [-x for x in low] == list(high) and len(low) == len(action_order)
     if obs_shape != (len(obs_order),) or not fits:
         print(f"warning: no mirror images: observations of shape {tuple(obs_shape)} and {num_actions or 'continuous'} "
