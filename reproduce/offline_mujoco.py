@@ -15,9 +15,9 @@ from common import mean_sd, run_all
 FOLDER = Path(__file__).resolve().parent
 TASKS = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Ant-v5")
 NUMBERS = (1, 4, 10)
+PENDULUM = {"Pendulum-v1": "", "Pendulum-v1, as recorded": " --no-mirror"}
 # Hopper's settings and Walker2d's demonstrations were changed after 101 to 103 had been read; HalfCheetah's and Ant's
 # demonstrations too, but they keep these seeds.
-PENDULUM = {"Pendulum-v1": "", "Pendulum-v1, as recorded": " --no-mirror"}
 FIRST_SEED = {"Hopper-v5": 104, "Walker2d-v5": 104} | dict.fromkeys(PENDULUM, 104)  # Pendulum's 101 and 102 had been read
 CASES = [(task, n) for task in TASKS for n in NUMBERS] + [(task, n) for n in (5, 20) for task in PENDULUM]
 MANY = (("Walker2d-v5", 1), ("Ant-v5", 1), ("HalfCheetah-v5", 4))

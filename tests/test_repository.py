@@ -266,6 +266,14 @@ def test_offline_rows_are_labelled_by_whether_they_are_mirrored(name, task):
     assert len({row["commit"] for row in rows}) == 1
 
 
+def test_offline_rows_of_pendulum_are_labelled_by_whether_they_are_mirrored():
+    with open(ROOT / "reproduce" / "offline_mujoco.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["task"].startswith("Pendulum")]
+    assert Counter(row["task"] for row in rows) == {"Pendulum-v1": 12, "Pendulum-v1, as recorded": 12}
+    assert all(("--no-mirror" in row["command"]) is (row["task"] != "Pendulum-v1") for row in rows)
+    assert len({row["commit"] for row in rows}) == 1
+
+
 # Least number of episodes in a file, where they are too large for the 30 of all the others.
 EPISODES = {"HalfCheetah-v5": 25, "Hopper-v5": 25, "Walker2d-v5": 25, "Ant-v5": 25, "Humanoid-v5": 7}
 
