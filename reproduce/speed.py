@@ -2,9 +2,11 @@
 
     OMP_NUM_THREADS=1 taskset -c 0 python reproduce/speed.py --machine "a name for it"
 
-The bare work is forward, backward and optimiser step of the same network on a batch that is in place. The loop is
-`train()` with the environment stubbed and evaluation off. Both take turns; medians go to speed.csv and speed.md, a column
-for each machine, in place of older ones. Where a case says `--compile` the loop has it, and the bare work has not.
+The bare work is forward, backward and optimiser step of the same network on a batch that is in place, its loss the mean
+square of what comes out. The update is the script's own on a batch that is in place: that with the objective, target network
+and moving average. The loop is `train()` with the environment stubbed and evaluation off. They take turns; medians go to
+speed.csv and speed.md, a column for each machine, in place of older ones. Where a case says `--compile` update and loop have
+it, and the bare work has not.
 """
 import os
 import resource
@@ -62,10 +64,11 @@ class FullReplay(iq_continuous.Replay):
                 field.uniform_(-1, 1)  # touch the memory
 
 
-def loop_seconds(module, args, envs) -> float:
-    """Seconds for one update of `train(args)` with stubbed environments, the last checkpoint not counted."""
+def loop_seconds(module, args, envs) -> tuple[float, float]:
+    """Seconds for one update of `train(args)` with stubbed environments, the last checkpoint not counted, and for that
+    update alone, on the last batch again and again."""
     module.make_envs = lambda *_: envs
-    start, first, end = None, None, None
+    start, first, end, last = None, None, None, None
     make_update, count = module.make_update, [0]
 
     def counted(*parts):
@@ -73,12 +76,12 @@ def loop_seconds(module, args, envs) -> float:
         update = made[-1] if isinstance(made, tuple) else made
 
         def one(*batch):
-            nonlocal start, first, end
+            nonlocal start, first, end, last
             count[0] += 1
             if count[0] == 1 + (getattr(args, "pretrain_updates", 0) or 200) // 10:  # the first ones allocate
                 start, first = time.perf_counter(), count[0]
             terms = update(*batch)
-            end = time.perf_counter()
+            end, last = time.perf_counter(), (update, batch)
             return terms
 
         return (*made[:-1], one) if isinstance(made, tuple) else one
@@ -88,7 +91,12 @@ def loop_seconds(module, args, envs) -> float:
     try:
         with tempfile.TemporaryDirectory() as folder:
             module.train(module.replace(args, out_dir=folder))
-            return (end - start) / (count[0] - first + 1)
+        updates = count[0] - first + 1
+        update, batch = last
+        again = time.perf_counter()
+        for _ in range(updates):
+            update(*batch)
+        return (end - start) / updates, (time.perf_counter() - again) / updates
     finally:
         module.make_update = make_update
 
@@ -227,7 +235,7 @@ def main(machine: str = "this machine", only: str = ""):
             iq_atari.load_demonstrations = lambda *_, loaded=loaded: loaded
         if "stored" in name:
             module.Replay = FullReplay
-        bare, loop = [], []
+        bare, loops = [], []
         for _ in range(ROUNDS):
             if module is iq_continuous:
                 bare.append(bare_actor_critic_seconds(args, *shape, 6, updates))
@@ -240,12 +248,14 @@ def main(machine: str = "this machine", only: str = ""):
                 obs = torch.randint(0, 255, (batch, *shape)).byte() if module is iq_atari else torch.rand(batch, *shape)
                 target = deepcopy(network) if getattr(args, "target_rate", 0) else None
                 bare.append(bare_seconds(network, obs, args.learning_rate, updates, target))
-            loop.append(loop_seconds(module, args, StubEnvs(getattr(args, "num_envs", 1), shape, dtype, actions)))
+            loops.append(loop_seconds(module, args, StubEnvs(getattr(args, "num_envs", 1), shape, dtype, actions)))
         module.make_envs, module.Replay = make_envs, replay
-        bare, loop = np.median(bare), np.median(loop)
+        bare, (loop, update) = np.median(bare), np.median(loops, axis=0)
         rows += [{"what": f"{name}: bare work, ms", "value": round(1e3 * bare, 3)},
+                 {"what": f"{name}: update, ms", "value": round(1e3 * update, 3)},
                  {"what": f"{name}: training loop, ms", "value": round(1e3 * loop, 3)},
                  {"what": f"{name}: bare / loop", "value": round(bare / loop, 2)},
+                 {"what": f"{name}: update / loop", "value": round(update / loop, 2)},
                  {"what": f"{name}: updates per second", "value": round(1 / loop, 1)}]
     for turn, size in ((turn, size) for turn in ("first", "second") for size in (10**4, 10**6)):
         if only in (what := f"CartPole: sample 32 of {size:,}, {turn} turn, µs"):
@@ -263,7 +273,7 @@ def main(machine: str = "this machine", only: str = ""):
               "command": f"python reproduce/speed.py --machine '{machine}'" + f" --only '{only}'" * bool(only)}
     measured = {(machine, row["what"]) for row in rows}
     others = [r for r in read_rows(FOLDER / "speed.csv") if (r["machine"], r["what"]) not in measured]
-    write_rows(FOLDER / "speed.csv", others + [{"machine": machine} | row | origin for row in rows])
+    write_rows(FOLDER / "speed.csv", [{"machine": machine} | row | origin for row in rows] + others)
     (FOLDER / "speed.md").write_text(table(read_rows(FOLDER / "speed.csv")))
     print(table(read_rows(FOLDER / "speed.csv")))
 
