@@ -1235,7 +1235,7 @@ class Run:
             resume = shlex.join(["python", called, "--resume", str(self.dir)])
             print(f"stopped at step {self.step}, update {self.updates}; to continue: {resume}", flush=True)
             raise SystemExit(128 + self.signum)
-        seconds = time.time() - self.start
+        seconds = self.rows[-1]["seconds"]  # as the last row of metrics.csv has it
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
         return self.dir
 

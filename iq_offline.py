@@ -1156,7 +1156,7 @@ class Run:
             env_id = "ENVIRONMENT" if self.env_id == "unknown" else shlex.quote(home + self.env_id)
             command = shlex.join(["python", called, "--evaluate", str(self.dir / "model.pt")])
             print(f"not evaluated; where the environment is installed: {command} --env-id {env_id}")
-        seconds = time.time() - self.start
+        seconds = self.rows[-1]["seconds"]  # as the last row of metrics.csv has it
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
         return self.dir
 

@@ -253,6 +253,7 @@ def test_as_a_command_beside_nothing(demos, command, tmp_path):
     last = rows(tmp_path / "run")[-1]
     assert {"step", "updates", "eval_return_mean", "eval_return_std", "steps_per_second", "seconds"} <= last.keys()
     assert float(final.split("eval_return=")[1].split()[0]) == pytest.approx(float(last["eval_return_mean"]))
+    assert f" seconds={float(last['seconds']):.1f} " in final
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert files == {"args.json", "metrics.csv", "model.pt", "checkpoint.pt", "iq_offline.py"}
     network, actor, saved = iq_offline.load_model(str(tmp_path / "run" / "model.pt"))
