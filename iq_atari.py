@@ -781,6 +781,7 @@ class Run:
         self.dir, self.rows, self.wandb, args = path, [], None, self.args
         self.step, self.updates, seconds = 0, 0, 0.0
         if args.resume:
+            check(os.access(path, os.W_OK), f"--resume {path}: it cannot be written to")
             try:
                 stored = torch.load(path / "checkpoint.pt", map_location=self.device, weights_only=True)
                 for name, part in self.parts.items():

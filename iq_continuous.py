@@ -571,7 +571,7 @@ def load_demonstrations(args: Args, obs_shape: tuple[int, ...], actor: Actor, de
           "more than its length for each episode")
     with np.errstate(over="ignore"):
         obs = obs.astype(np.float32)
-    check(np.isfinite(obs).all(), f"{where}: observations hold NaN or infinite values")
+    check(np.isfinite(obs).all(), f"{where}: observations hold values that are NaN or infinite in float32")
 
     chosen, place, t = choose_transitions(args, lengths)
     first_action = (np.cumsum(lengths) - lengths)[chosen]
@@ -829,6 +829,7 @@ class Run:
         self.dir, self.rows, self.wandb, args = path, [], None, self.args
         self.step, self.updates, seconds = 0, 0, 0.0
         if args.resume:
+            check(os.access(path, os.W_OK), f"--resume {path}: it cannot be written to")
             try:
                 stored = torch.load(path / "checkpoint.pt", map_location=self.device, weights_only=True)
                 for name, part in self.parts.items():

@@ -12,7 +12,7 @@ a critic Q(s, a) beside a tanh-Gaussian actor π. On expert rows alone it minimi
 
     L = E_expert[V(s) − Q(s,a)] + E_expert[r²]/(4α),    V(s) = τ·logsumexp_a(Q(s,a)/τ) or Q(s,ã) − τ·log π(ã|s)
 
-No environment is stepped but to evaluate, and none is needed: `--demos my.npz` alone trains and saves.
+No environment is stepped but to evaluate, and none is needed: `--demos my.npz --num-demos 0` trains and saves.
 
     python iq_offline.py --env-id CartPole-v1 --num-demos 1 --subsample-freq 20
 
@@ -74,7 +74,8 @@ SETTINGS: dict[str, dict] = {
     "Pendulum": {"mirror": True},  # DEVIATION: from five trajectories −176 of −135, −386 without
     "Hopper": MUJOCO | {"gamma": 0.97, "temperature": 0.1},  # DEVIATION: as in iq_continuous.py
     "HalfCheetah": MUJOCO, "Walker2d": MUJOCO,
-    "Ant": MUJOCO | {"obs_dims": 27}, "Humanoid": MUJOCO | {"obs_dims": 45},  # positions, velocities: iq_continuous.py
+    "Ant": MUJOCO | {"obs_dims": 27},  # positions, velocities: iq_continuous.py
+    "Humanoid": MUJOCO | {"obs_dims": 45, "num_demos": 0},
 }
 
 
@@ -610,12 +611,13 @@ def find_spaces(where: str, data: dict[str, np.ndarray], spaces: Spaces | None) 
         check(bound is None or bound.shape == (dim,) and bound.dtype.kind in "iuf" and not np.isnan(bound).any(),
               f"{where}: action_low and action_high, expected {dim} numbers each")
     low, high = (np.full(dim, sign * np.inf) if bound is None else bound for sign, bound in zip((-1, 1), bounds))
-    unknown = ~((np.abs(low) < 1e30) & (np.abs(high) < 1e30))  # float32's limits stand for none, too
-    if unknown.any():
-        print(f"warning: no bounds of action dimensions {np.flatnonzero(unknown).tolist()} are known, so they are taken "
-              "from the demonstrations' extremes; action_low and action_high in the file would tell them", file=sys.stderr)
-        low, high = np.where(unknown, actions.min(0), low), np.where(unknown, actions.max(0), high)
-        low, high = np.where(unknown & (low == high), low - 1, low), np.where(unknown & (low == high), high + 1, high)
+    no_low, no_high = (~(np.abs(bound) < 1e30) for bound in (low, high))  # float32's limits stand for none, too
+    if (no_low | no_high).any():
+        print(f"warning: action dimensions {np.flatnonzero(no_low | no_high).tolist()} lack a bound, which is taken from "
+              "the demonstrations' extremes" + "; action_low and action_high in the file would tell it" * (spaces is None),
+              file=sys.stderr)
+        low, high = np.where(no_low, actions.min(0), low), np.where(no_high, actions.max(0), high)
+        low, high = np.where(no_low & (low == high), low - 1, low), np.where(no_high & (low == high), high + 1, high)
     check((low < high).all(), f"{where}: action_low {low} and action_high {high}, expected low below high")
     beyond = (~np.isclose(actions, actions.clip(low, high), 1e-6, 1e-6)).any(1)  # but for float32's rounding
     if beyond.any():
@@ -640,7 +642,7 @@ def load_demonstrations(args: Args, spaces: Spaces | None, device) -> Demonstrat
           "more than its length for each episode")
     with np.errstate(over="ignore"):
         obs = obs.astype(np.float32)
-    check(np.isfinite(obs).all(), f"{where}: observations hold NaN or infinite values")
+    check(np.isfinite(obs).all(), f"{where}: observations hold values that are NaN or infinite in float32")
     spaces = find_spaces(where, data, spaces)
 
     chosen, place, t = choose_transitions(args, lengths)
@@ -1005,6 +1007,7 @@ class Run:
         self.dir, self.rows, self.wandb, args = path, [], None, self.args
         self.step, self.updates, seconds = 0, 0, 0.0
         if args.resume:
+            check(os.access(path, os.W_OK), f"--resume {path}: it cannot be written to")
             try:
                 stored = torch.load(path / "checkpoint.pt", map_location=self.device, weights_only=True)
                 for name, part in self.parts.items():
@@ -1231,7 +1234,8 @@ def train(args: Args) -> Path:
     check(args.obs_dims <= np.prod(obs_shape), f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}")
 
     idle = ("actor_lr", "critic_lr", "cloning_weight") if num_actions else ("learning_rate",)
-    for name in (name for name in idle if getattr(args, name) != getattr(Args(), name)):
+    usual = Args(**SETTINGS.get(env_name(args.env_id or demos.env_id), {}))
+    for name in (name for name in idle if getattr(args, name) not in (getattr(Args(), name), getattr(usual, name))):
         print(f"warning: --{name.replace('_', '-')} does nothing with {'discrete' if num_actions else 'continuous'} actions",
               file=sys.stderr)
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")
@@ -1286,6 +1290,7 @@ def play(args: Args) -> None:
     validate(args)
     check(env_name(args.env_id) == env_name(saved["env_id"]) or saved["env_id"] == "unknown",
           f"--evaluate {args.evaluate}: a model of {saved['env_id']}, and --env-id is {args.env_id}")
+    check(args.env_id != "unknown", f"--evaluate {args.evaluate}: its demonstrations name no environment; give --env-id")
     spaces = env_spaces(replace(args, eval_every=1))  # here it must be installed
     own = (tuple(network.sizes["obs_shape"]), network.sizes["num_actions"], network.sizes["action_dim"])
     there = (spaces.obs_shape, spaces.num_actions, len(spaces.action_low))

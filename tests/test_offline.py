@@ -363,7 +363,7 @@ def test_evaluate_plays_what_was_trained_and_records_it(demos, command, tmp_path
     assert iq_discrete.main(["--evaluate", model]) == 2
 
 
-def test_a_policy_that_was_never_shown_the_last_actions_is_played(command, tmp_path):
+def test_a_policy_that_was_never_shown_the_last_actions_is_played(command, tmp_path, capsys):
     with np.load(DISCRETE) as file:
         data = {name: file[name] for name in file.files if name != "num_actions"} | {"actions": file["actions"] * 0}
     np.savez(tmp_path / "left.npz", **data | {"env_id": np.array("unknown")})  # of a task whose actions nobody knows
@@ -371,6 +371,8 @@ def test_a_policy_that_was_never_shown_the_last_actions_is_played(command, tmp_p
     model = ["--evaluate", str(tmp_path / "run" / "model.pt"), "--eval-episodes", "2"]
     assert iq_offline.main([*model, "--env-id", "CartPole-v1"]) == 0
     assert iq_offline.main([*model, "--env-id", "Acrobot-v1"]) == 2
+    capsys.readouterr()
+    assert iq_offline.main(model) == 2 and "name no environment; give --env-id" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------- demonstrations
@@ -407,7 +409,21 @@ def test_sizes_and_bounds_from_the_file_or_from_the_data(tmp_path, capsys):
     demos = load(tmp_path, demonstrations(REAL))
     assert demos.transitions.action.min(0).values.tolist() == [-1, -1]
     assert demos.transitions.action.max(0).values.tolist() == [1, 1]
-    assert "extremes" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "extremes" in told and "in the file would tell" in told
+    demos = load(tmp_path, demonstrations(REAL, action_low=np.zeros(2), action_high=np.array([np.inf, 3.0])))
+    assert demos.spaces.action_low == (0.0, 0.0) and demos.spaces.action_high == (REAL[:, 0].max(), 3.0)  # a bound by itself
+    told = capsys.readouterr().err
+    assert "dimensions [0] lack a bound" in told and f"{(REAL < 0).any(1).sum()} of 15 actions lie beyond" in told
+
+
+def test_no_bounds_in_the_file_are_asked_for_where_the_environment_has_them(tmp_path, capsys):
+    np.savez(tmp_path / "demos.npz", **demonstrations(REAL))
+    args = iq_offline.Args(demos=str(tmp_path / "demos.npz"), num_demos=0)
+    spaces = iq_offline.Spaces((4,), 0, (-1.0, -1.0), (np.inf, 1.0))
+    assert iq_offline.load_demonstrations(args, spaces, "cpu").spaces.action_high == (REAL[:, 0].max(), 1.0)
+    told = capsys.readouterr().err
+    assert "dimensions [0] lack a bound" in told and "in the file" not in told
 
 
 def test_actions_beyond_the_bounds_are_clipped_with_one_warning_that_counts_them(tmp_path, capsys):

@@ -242,6 +242,14 @@ def test_resume_of_a_finished_run_changes_nothing(command, tmp_path):
     assert [r["eval_return_mean"] for r in rows(tmp_path / "run")] == [r["eval_return_mean"] for r in before]
 
 
+def test_resume_of_a_run_that_cannot_be_written_to_is_bad_input(command, tmp_path, monkeypatch, capsys):
+    assert iq_discrete.main(command("iq_discrete")) == 0
+    access = os.access  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "run" and access(path, mode))
+    assert iq_discrete.main(["--resume", str(tmp_path / "run")]) == 2
+    assert f"--resume {tmp_path / 'run'}: it cannot be written to" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_leaves_a_checkpoint_and_says_how_to_go_on(command, tmp_path, number, status):
     arguments = command("iq_discrete", "--total-timesteps", "10000000", "--eval-every", "500")

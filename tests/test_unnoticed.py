@@ -692,10 +692,14 @@ def test_a_switch_of_another_environment_is_bad_input(module, flags, tmp_path, c
     assert f"{flags.split()[0]}: it is for {home}-v0" in capsys.readouterr().err
 
 
-def test_a_learning_rate_of_the_other_kind_of_actions_is_told(go, capsys):
+def test_a_learning_rate_of_the_other_kind_of_actions_is_told(go, tmp_path, capsys):
     go(iq_offline, "--actor-lr 0.1")
     assert "warning: --actor-lr does nothing with discrete actions" in capsys.readouterr().err
     go(iq_offline, "", "plain")
+    assert "does nothing" not in capsys.readouterr().err
+    with np.load(ROOT / "demos" / "CartPole-v1.npz") as file:  # the setting of that name has a rate
+        np.savez(tmp_path / "real.npz", **dict(file) | {"actions": np.float32(file["actions"])[:, None]})
+    go(iq_offline, f"--demos {tmp_path / 'real.npz'} --no-mirror", "real")
     assert "does nothing" not in capsys.readouterr().err
 
 
