@@ -397,7 +397,8 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, nu
               "are episode_lengths right?", file=sys.stderr)
     if "rewards" in data:
         check(data["rewards"].ndim == 1 and data["rewards"].dtype.kind in "biuf",
-              f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected numbers")
+              f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected a number "
+              "for each action")
     recorded = data["env_id"].reshape(-1)[0] if data["env_id"].size else "unknown"
     recorded = recorded.decode(errors="replace") if isinstance(recorded, bytes) else str(recorded)
     check(env_name(recorded) in (env_name(args.env_id), "unknown"),

@@ -236,7 +236,7 @@ def validate(args: Args) -> None:
     check(not args.capture_video or importlib.util.find_spec("moviepy"), "--capture-video: it needs `pip install moviepy`")
     check(not args.capture_video or args.evaluate or args.eval_every,
           "--capture-video: with --eval-every 0 there is no evaluation to record")
-    if args.bound_targets and args.chi2_rows == "both" and args.temperature >= 0.5:
+    if not args.evaluate and args.bound_targets and args.chi2_rows == "both" and args.temperature >= 0.5:
         print(f"warning: --bound-targets leaves the entropy out of V's bound, and with --temperature {args.temperature} it "
               "counts: take --no-bound-targets", file=sys.stderr)
     check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
@@ -528,7 +528,8 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, lo
               "are episode_lengths right?", file=sys.stderr)
     if "rewards" in data:
         check(data["rewards"].ndim == 1 and data["rewards"].dtype.kind in "biuf",
-              f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected numbers")
+              f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected a number "
+              "for each action")
     recorded = data["env_id"].reshape(-1)[0] if data["env_id"].size else "unknown"
     recorded = recorded.decode(errors="replace") if isinstance(recorded, bytes) else str(recorded)
     check(env_name(recorded) in (env_name(args.env_id), "unknown"),
@@ -1046,7 +1047,8 @@ def train(args: Args) -> Path:
     limit = 10.0 if args.standardize_obs else np.inf  # in deviations; raw observations are not clipped
     actor = Actor(obs_shape, action_space.low.tolist(), action_space.high.tolist(), args.hidden_size, limit).to(device)
     demos = load_demonstrations(args, obs_shape, actor, device)
-    check(args.obs_dims <= np.prod(obs_shape), f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}")
+    check(args.obs_dims <= np.prod(obs_shape),
+          f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}; give --obs-dims 0 for all of it")
     critic = QNetwork(obs_shape, len(action_space.low), args.hidden_size, args.layer_norm, limit).to(device)
     if args.standardize_obs:  # DEVIATION: the paper has raw observations
         mean, std = demos.transitions.obs.mean(0), deviation(demos.transitions.obs, args.obs_dims or None)

@@ -243,7 +243,8 @@ def validate(args: Args) -> None:
     check(not args.capture_video or importlib.util.find_spec("moviepy"), "--capture-video: it needs `pip install moviepy`")
     check(not args.capture_video or args.evaluate or args.eval_every,
           "--capture-video: with --eval-every 0 there is no evaluation to record")
-    if args.bound_targets and args.target_rate and args.chi2_rows == "both" and args.temperature >= 0.5:
+    bounded = not args.evaluate and args.bound_targets and args.target_rate and args.chi2_rows == "both"
+    if bounded and args.temperature >= 0.5:
         print(f"warning: --bound-targets leaves the entropy out of V's bound, and with --temperature {args.temperature} it "
               "counts: take --no-bound-targets", file=sys.stderr)
     check(args.buffer_size >= args.num_envs, f"--buffer-size {args.buffer_size}: expected --num-envs or more")
@@ -740,7 +741,8 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args) ->
               "are episode_lengths right?", file=sys.stderr)
     if "rewards" in data:
         check(data["rewards"].ndim == 1 and data["rewards"].dtype.kind in "biuf",
-              f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected numbers")
+              f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected a number "
+              "for each action")
     recorded = data["env_id"].reshape(-1)[0] if data["env_id"].size else "unknown"
     recorded = recorded.decode(errors="replace") if isinstance(recorded, bytes) else str(recorded)
     check(env_name(recorded) in (env_name(args.env_id), "unknown"),
@@ -1365,7 +1367,8 @@ def train(args: Args) -> Path:
     demos = load_demonstrations(args, obs_shape, device)
     if args.mirror:
         demos = add_images(demos, env_name(args.env_id))
-    check(args.obs_dims <= np.prod(obs_shape), f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}")
+    check(args.obs_dims <= np.prod(obs_shape),
+          f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}; give --obs-dims 0 for all of it")
     limit = 10.0 if args.standardize_obs else np.inf  # in deviations; raw observations are not clipped
     size = (obs_shape, num_actions, discrete, args.hidden_size)
     critic = QNetwork(*size, args.layer_norm, limit).to(device)

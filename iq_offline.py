@@ -549,7 +549,8 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args) ->
               "are episode_lengths right?", file=sys.stderr)
     if "rewards" in data:
         check(data["rewards"].ndim == 1 and data["rewards"].dtype.kind in "biuf",
-              f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected numbers")
+              f"{where}: rewards of {data['rewards'].dtype} and shape {data['rewards'].shape}, expected a number "
+              "for each action")
     recorded = data["env_id"].reshape(-1)[0] if data["env_id"].size else "unknown"
     recorded = recorded.decode(errors="replace") if isinstance(recorded, bytes) else str(recorded)
     data["env_id"] = recorded
@@ -1231,7 +1232,8 @@ def train(args: Args) -> Path:
     if args.mirror:
         demos = add_images(demos, env_name(args.env_id or demos.env_id))
     obs_shape, num_actions, action_low, action_high = demos.spaces
-    check(args.obs_dims <= np.prod(obs_shape), f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}")
+    check(args.obs_dims <= np.prod(obs_shape),
+          f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}; give --obs-dims 0 for all of it")
 
     idle = ("actor_lr", "critic_lr", "cloning_weight") if num_actions else ("learning_rate",)
     usual = Args(**SETTINGS.get(env_name(args.env_id or demos.env_id), {}))

@@ -699,7 +699,8 @@ def test_a_video_that_cannot_be_recorded_is_told_before_training(script, name, t
 def test_more_obs_dims_than_entries_are_refused(script, tmp_path, capsys):
     flags = ["--env-id", "Pendulum-v1", "--obs-dims", "4", "--out-dir", str(tmp_path)]
     assert importlib.import_module(script).main(flags) == 2
-    assert "--obs-dims 4" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    told = capsys.readouterr().err
+    assert "--obs-dims 4" in told and "give --obs-dims 0" in told and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("script, flags", [("iq_continuous", "--total-timesteps 40 --learning-starts 10"),

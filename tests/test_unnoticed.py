@@ -692,6 +692,16 @@ def test_a_switch_of_another_environment_is_bad_input(module, flags, tmp_path, c
     assert f"{flags.split()[0]}: it is for {home}-v0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("module", [iq_continuous, iq_ilo])
+def test_what_training_does_not_bound_is_told_and_of_playing_nothing(module, capsys):
+    args = module.parse_args(["--env-id", "Hopper-v5", "--temperature", "1"])
+    module.validate(args)
+    assert "take --no-bound-targets" in capsys.readouterr().err
+    args.evaluate = "model.pt"
+    module.validate(args)
+    assert not capsys.readouterr().err
+
+
 def test_a_learning_rate_of_the_other_kind_of_actions_is_told(go, tmp_path, capsys):
     go(iq_offline, "--actor-lr 0.1")
     assert "warning: --actor-lr does nothing with discrete actions" in capsys.readouterr().err
