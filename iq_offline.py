@@ -75,7 +75,7 @@ SETTINGS: dict[str, dict] = {
     "Hopper": MUJOCO | {"gamma": 0.97, "temperature": 0.1},  # DEVIATION: as in iq_continuous.py
     "HalfCheetah": MUJOCO, "Walker2d": MUJOCO,
     "Ant": MUJOCO | {"obs_dims": 27},  # positions, velocities: iq_continuous.py
-    "Humanoid": MUJOCO | {"obs_dims": 45, "num_demos": 0},
+    "Humanoid": MUJOCO | {"obs_dims": 45, "num_demos": 0},  # all, as fewer than ten are bundled
 }
 
 
@@ -1237,7 +1237,7 @@ def train(args: Args) -> Path:
 
     idle = ("actor_lr", "critic_lr", "cloning_weight") if num_actions else ("learning_rate",)
     usual = Args(**SETTINGS.get(env_name(args.env_id or demos.env_id), {}))
-    for name in (name for name in idle if getattr(args, name) not in (getattr(Args(), name), getattr(usual, name))):
+    for name in (name for name in idle if getattr(args, name) != getattr(usual, name)):
         print(f"warning: --{name.replace('_', '-')} does nothing with {'discrete' if num_actions else 'continuous'} actions",
               file=sys.stderr)
     q_bound = args.q_bound if args.q_bound is not None else 10.0 * (args.divergence == "tv")

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 taskset -c 0 python reproduce/speed.py --machine "a name for it"
 
 The bare work is forward, backward and optimiser step of the same network on a batch that is in place, its loss the mean
-square of what comes out. The update is the script's own on a batch that is in place: that with the objective, target network
-and moving average. The loop is `train()` with the environment stubbed and evaluation off. They take turns; medians go to
+square of what comes out. The update is the script's own on a batch that is in place: the same passes with the objective and
+the moving averages. The loop is `train()` with the environment stubbed and evaluation off. They take turns; medians go to
 speed.csv and speed.md, a column for each machine, in place of older ones. Where a case says `--compile` update and loop have
 it, and the bare work has not.
 """
@@ -65,8 +65,8 @@ class FullReplay(iq_continuous.Replay):
 
 
 def loop_seconds(module, args, envs) -> tuple[float, float]:
-    """Seconds for one update of `train(args)` with stubbed environments, the last checkpoint not counted, and for that
-    update alone, on the last batch again and again."""
+    """Seconds for one turn of the loop of `train(args)` with stubbed environments, the last checkpoint not counted, and for
+    the update in it alone, on the last batch again and again."""
     module.make_envs = lambda *_: envs
     start, first, end, last = None, None, None, None
     make_update, count = module.make_update, [0]

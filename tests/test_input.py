@@ -337,7 +337,7 @@ BAD_ARRAYS = {
     "observations NaN": ({"observations": at(D["observations"], (4, 2), np.nan)}, "observations.*NaN"),
     "observations infinite": ({"observations": at(D["observations"], (17, 3), -np.inf)}, "observations.*infinite"),
     "observations beyond float32": ({"observations": at(D["observations"].astype(float), (4, 2), 1e300)},
-                                    "observations"),
+                                    "observations.*infinite in float32"),
     "observations too narrow": ({"observations": D["observations"][:, :3]}, r"\(3,\)", r"\(4,\)"),
     "observations with an axis more": ({"observations": D["observations"][..., None]}, r"\(4, 1\)", r"\(4,\)"),
     "observations flat": ({"observations": D["observations"].ravel()}, r"\(\)", r"\(4,\)"),
@@ -355,7 +355,7 @@ BAD_ARRAYS = {
     "truncations text": ({"truncations": np.full(STEPS, "no")}, "truncations.*(no|<U)", "true"),
     "truncations in 2-D": ({"truncations": D["truncations"][:, None]}, r"truncations.*\(15, 1\)", "true"),
     "rewards text": ({"rewards": np.full(STEPS, "one")}, "rewards.*<U"),
-    "rewards in 2-D": ({"rewards": np.ones((STEPS, 2))}, r"rewards.*\(15, 2\)"),
+    "rewards in 2-D": ({"rewards": np.ones((STEPS, 2))}, r"rewards.*\(15, 2\)", "a number for each action"),
     "another environment": ({"env_id": np.array("Acrobot-v1")}, "Acrobot-v1", "CartPole-v1"),
     "env_id a number": ({"env_id": np.array(3)}, r"\b3\b", "CartPole-v1"),
 }

@@ -66,6 +66,17 @@ def test_every_field_has_a_comment_that_help_prints(script):
         assert re.search(rf"^    {field.name}: .+  # [\w|]", source, re.M), field.name
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_setting_draws_more_trajectories_than_are_bundled(script):
+    module, checked = importlib.import_module(script), 0
+    for path in (ROOT / "demos").glob("*.npz"):
+        if path.stem.split("-")[0] in (module.SETTINGS or {"PongNoFrameskip"}):
+            with np.load(path) as file:
+                assert module.parse_args(["--env-id", path.stem]).num_demos <= len(file["episode_lengths"]), path.stem
+            checked += 1
+    assert checked
+
+
 def test_the_readme_is_short_and_has_one_line_for_each_set_up_command():
     assert len(README.splitlines()) <= 150
     commands = re.findall(r"^pip install .*$", README, re.M)
