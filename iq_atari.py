@@ -13,7 +13,7 @@ One network Q(s, a) over frames is the policy and the reward, r = Q(s,a) − γ 
     L = −E_expert[r] + E[V(s) − γ V(s')] + E[r²]/(4α)
 
 The game's score is never read in training. The defaults never play: with play in the last third of 6,000 updates 48 games
-read 6.1 / 20.4 / 21.0 on average (tuning seeds 1 to 3), without it 18.3 / 20.8 / 18.5.
+scored 6.1 / 20.4 / 21.0 on average (tuning seeds 1 to 3), without it 18.3 / 20.8 / 18.5.
 
     python iq_atari.py --env-id PongNoFrameskip-v4
 
@@ -85,12 +85,12 @@ class Args:
     average_rate: float = 0.001  # rate of a moving average of the weights, evaluated and saved in their place; 0: none
     # The network
     standardize_obs: bool = True  # subtract the demonstrations' mean frame and scale up what is left
-    bfloat16: bool = True  # autocast the convolutions where the hardware has bfloat16; the last layer stays float32
+    bfloat16: bool = True  # autocast all layers but the last, where the hardware has bfloat16
     # Optimisation
     learning_rate: float = 1e-4  # of Adam
     batch_size: int = 64  # expert rows, and as many policy rows
     buffer_size: int = 200_000  # transitions of the agent's own that are kept
-    updates_per_step: float = 0.25  # gradient updates per environment step (bc: as many in all, but no steps)
+    updates_per_step: float = 0.25  # gradient updates per environment step (bc: as many in all, without play)
     # The run
     eval_every: int = 4_000  # steps (in pretraining: updates) between evaluations; 0: none at all
     eval_episodes: int = 10  # episodes of an evaluation
@@ -215,8 +215,8 @@ def make_envs(args: Args, num_envs: int) -> AtariVectorEnv:
 class QNetwork(nn.Module):
     """Q(s, ·) of stacked frames: uint8 `[B, 4, 84, 84]` to `[B, num_actions]` (the network of DQN, Nature 2015).
 
-    The convolutions run in bfloat16 with `autocast`, channels last; the head is float32, since Q is divided by a small
-    temperature.
+    With `autocast` all layers but the last run in bfloat16, the convolutions channels last; the head is float32, since Q is
+    divided by a small temperature.
     """
 
     def __init__(self, num_actions: int):
@@ -273,11 +273,11 @@ class Batch(NamedTuple):
 class Demonstrations(NamedTuple):
     """The expert's frames and transitions on the device, and what is reported of them."""
 
-    frames: torch.Tensor  # [1, N, 84, 84] uint8, T + 1 of each episode: 7,056 bytes a transition
-    position: torch.Tensor  # [T] int64, the frame that a transition starts from
-    age: torch.Tensor  # [T] int64, decisions since the episode's start
-    action: torch.Tensor  # [T] int64
-    terminated: torch.Tensor  # [T] float32
+    frames: torch.Tensor  # [1, F, 84, 84] uint8, T + 1 of each episode: 7,056 bytes a transition
+    position: torch.Tensor  # [N] int64, the frame that a transition starts from
+    age: torch.Tensor  # [N] int64, decisions since the episode's start
+    action: torch.Tensor  # [N] int64
+    terminated: torch.Tensor  # [N] float32
     initial_obs: torch.Tensor  # [episodes, 4, 84, 84], each trajectory's first state, kept before subsampling
     expert_return: float  # mean return of the trajectories used; NaN without rewards in the file
 
@@ -1031,7 +1031,7 @@ def train(args: Args) -> Path:
                 if len(done):
                     done = torch.as_tensor(done, device=device)
                     replay.start(done, obs[done, -1])
-                    initial_obs = torch.cat([initial_obs, obs[done]])[-256:]
+                    initial_obs = torch.cat([initial_obs, obs[done]])[-256:]  # a resumed run gathers them anew
                 run.step += args.num_envs
 
             updates_due = pretrain + int(run.step * args.updates_per_step) if playing else run.updates + 1

@@ -111,7 +111,7 @@ class Args:
     chi2_alpha: float = 0.5  # of the χ² term, E[r²]/(4α) [α]
     chi2_rows: Literal["expert", "both"] = "both"  # rows that the χ² term averages over: expert's, or policy's too
     value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "v0_expert"  # V−γV': all | expert; (1−γ)V: s0 | expert
-    bound_targets: bool = True  # clip a target's V(s') at ±4α/(1−γ) where χ² is on both halves; off for large temperatures
+    bound_targets: bool = True  # clip a target's V(s') at ±4α/(1−γ) where χ² is on both halves; not for large temperatures
     target_rate: float = 0.005  # Polyak rate of the target critic for V(s')
     average_rate: float = 0.0005  # rate of a moving average of the actor, evaluated and saved in its place; 0: none
     cloning_weight: float = 0.0  # weight of cloning in the actor's loss, on expert rows
@@ -270,6 +270,8 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     Raises:
         BadInput: an unknown environment, or one whose spaces this script does not handle.
     """
+    check(not re.search("NoFrameskip|^ALE/", args.env_id or ""),
+          f"--env-id {args.env_id}: an Atari game, which iq_atari.py is for")
     try:
         envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=[Plain],
                             vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
@@ -606,8 +608,8 @@ def deviation(obs: torch.Tensor, seen: int | None = None) -> torch.Tensor:
     prints how many of the first `seen` entries (None: all) vary by less."""
     std = obs.std(0, correction=0)
     if small := int(((std > 1e-6) & (std < 0.01)).view(-1)[:seen].sum()):  # 1e-6: rounding
-        print(f"{small} entries of an observation vary by less than 0.01, which they are divided by: scale them if "
-              "only their unit is small", flush=True)
+        print(f"{small} entries of an observation have a standard deviation below 0.01 and are divided by 0.01: "
+              "rescale them if only their unit is small", flush=True)
     return std.clamp(min=0.01)
 
 
@@ -714,7 +716,7 @@ def actor_loss(critic, obs: torch.Tensor, fresh, temperature: float) -> torch.Te
 
 
 def cloning_loss(actor: Actor, batch: Batch, n_expert: int) -> torch.Tensor:
-    """−E_expert[log π(a|s)]. DEVIATION: actions at ±1, where the density is infinite, count as ±0.999."""
+    """−E_expert[log π(a|s)]. DEVIATION: actions beyond ±0.999 count as that, since the density is infinite at ±1."""
     before_tanh = torch.atanh(batch.action[:n_expert].clamp(-0.999, 0.999))
     return -log_density(*actor(batch.obs[:n_expert]), before_tanh).mean()
 
@@ -984,7 +986,8 @@ def make_update(actor, critic, target, average, optimizers, n_expert: int, args:
     Passes with B rows in all, of them n_expert the expert's: actor on s (shared by V(s) and the actor's loss) and on
     s', target critic on s', critic on (s, a) and the value rows at once, critic on (s, ã) again after its step. None can go:
     s' is no row's s, and V(s') is by the target's weights, without gradient; the actor's loss needs Q(s, ã) of all rows with
-    gradient to ã, by the critic after its step, the critic's loss without it and before.
+    gradient to ã, by the critic after its step, the critic's loss without it and before. `--cloning-weight` adds the actor
+    on the expert's rows: that pass could be shared, but apart the term reads by itself.
     """
     actor_optimizer, critic_optimizer = optimizers
     actor_parameters = list(actor.parameters())
@@ -1002,7 +1005,7 @@ def make_update(actor, critic, target, average, optimizers, n_expert: int, args:
 
     def update(batch: Batch, initial_obs: torch.Tensor, cloning_weight: torch.Tensor) -> dict[str, torch.Tensor]:
         fresh = sample_action(actor, batch.obs)
-        torch._dynamo.graph_break()  # compiled with it, the critic's backward pass would free the actor's graph
+        torch._dynamo.graph_break()  # in one graph the critic's backward would free what the actor's still needs
         loss, terms = iq_loss(critic, target, actor, batch, [x.detach() for x in fresh], n_expert, initial_obs, args)
         critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -65,7 +65,7 @@ MIRROR = {"CartPole": (-1, -2, -3, -4), "Acrobot": (1, -2, 3, -4, -5, -6), "Luna
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 # DEVIATION: in these discrete tasks the loss reads the expert's rows alone, as iq_offline.py's; a model of the agent's play
 # names their actions. With χ² on both halves LunarLander had −375 and −314 from one demonstration, not 22 and 201 (seeds
-# 1, 2, an earlier expert). So nothing sets the reward off the expert's states; --value-loss value --chi2-rows both does.
+# 1, 2, an earlier expert). The price: r is not trained where the expert never was; PLAYED's two flags train it there, too.
 DISCRETE = {"learning_starts": 500, "value_loss": "value_expert", "chi2_rows": "expert", "target_rate": 0.0,
             "layer_norm": False, "standardize_obs": False, "batch_size": 32}
 PLAYED = {"value_loss": "value", "chi2_rows": "both"}  # instead, where --missing-action names no action of the expert's
@@ -74,7 +74,7 @@ SETTINGS: dict[str, dict] = {
     "Acrobot": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
     "LunarLander": DISCRETE | {"learning_starts": 5_000, "temperature": 1.0, "chi2_alpha": 50.0,
                                "mirror": True,  # DEVIATION: 258 from one trajectory, 135 without
-                               "hidden_size": 512, "standardize_obs": True},  # from ten, not mirrored, 270; raw, 256: 259
+                               "hidden_size": 512, "standardize_obs": True},  # from ten, not mirrored, 270, raw with 256 259
     # Half of the play is random and observations are noisy, so that the reward is smooth over the whole plane. For the
     # imitation alone --obs-noise 0 --temperature 0.01 is better.
     "PointMaze": {"hidden_size": 64, "batch_size": 64, "num_demos": 0, "actor_lr": 3e-4, "average_rate": 0.002,
@@ -116,7 +116,7 @@ class Args:
     chi2_alpha: float = 0.5  # of the χ² term, E[r²]/(4α) [α]
     chi2_rows: Literal["expert", "both"] = "both"  # rows that the χ² term averages over: expert's, or policy's too
     value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "v0_expert"  # V−γV': all | expert; (1−γ)V: s0 | expert
-    bound_targets: bool = True  # clip a target's V(s') at ±4α/(1−γ) where χ² is on both halves; off for large temperatures
+    bound_targets: bool = True  # clip a target's V(s') at ±4α/(1−γ) where χ² is on both halves; not for large temperatures
     target_rate: float = 0.005  # Polyak rate of the target critic for V(s'); 0: none, V(s') has gradient
     average_rate: float = 0.0005  # rate of a moving average of the weights, evaluated and saved in their place; 0: none
     # The network
@@ -274,7 +274,7 @@ class PointMaze(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
     START, GOAL = np.array([0.5, 0.2]), np.array([0.5, 0.8])
     WIDTH, HEIGHT = 0.6, 0.5  # of the barrier
-    TIME_STEP, FORCE, FRICTION = 0.1, 0.05, 0.2  # speed is at most 0.05 / 0.2
+    TIME_STEP, FORCE, FRICTION = 0.1, 0.05, 0.2  # either velocity is at most 0.05 / 0.2
     STEPS = 100
 
     def __init__(self, barrier: str = "right", random_start: bool = False, render_mode: str | None = None):
@@ -357,6 +357,8 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     Raises:
         BadInput: an unknown environment, or one whose spaces this script does not handle.
     """
+    check(not re.search("NoFrameskip|^ALE/", args.env_id or ""),
+          f"--env-id {args.env_id}: an Atari game, which iq_atari.py is for")
     check(args.env_id != "PointMaze", "--env-id PointMaze: expected PointMaze-v0")  # else without its switches
     maze = {switch: getattr(args, switch) for switch in MAZE_SWITCHES}
     try:
@@ -575,7 +577,7 @@ class InverseDynamics(nn.Module):
         return self.layers(torch.cat([self.standardize(obs), self.standardize_change(next_obs - obs)], 1))
 
     def log_prob(self, obs: torch.Tensor, action: torch.Tensor, next_obs: torch.Tensor) -> torch.Tensor:
-        """log p(a|s,s') `[B]`. Actions at ±1, where the density is infinite, count as ±0.999."""
+        """log p(a|s,s') `[B]`. Actions beyond ±0.999 count as that: at ±1 the density is infinite."""
         outputs = self(obs, next_obs)
         if self.discrete:
             return -F.cross_entropy(outputs, action, reduction="none")
@@ -844,8 +846,8 @@ def deviation(obs: torch.Tensor, seen: int | None = None) -> torch.Tensor:
     prints how many of the first `seen` entries (None: all) vary by less."""
     std = obs.std(0, correction=0)
     if small := int(((std > 1e-6) & (std < 0.01)).view(-1)[:seen].sum()):  # 1e-6: rounding
-        print(f"{small} entries of an observation vary by less than 0.01, which they are divided by: scale them if "
-              "only their unit is small", flush=True)
+        print(f"{small} entries of an observation have a standard deviation below 0.01 and are divided by 0.01: "
+              "rescale them if only their unit is small", flush=True)
     return std.clamp(min=0.01)
 
 
@@ -894,8 +896,9 @@ def state_reward(reward: QNetwork, policy, obs: torch.Tensor, temperature: float
     """A reward of the state alone, r(s) = E_{a ~ π(·|s)} E_{s' ~ P(·|s,a)}[Q(s,a) − γ(1−d)·V(s')] (§5.4), `[B]`.
 
     The implied reward belongs to a transition (s, a, s'). Two expectations leave the state alone: over s', by the network
-    `reward`, the least-squares fit of r on (s, a), which is E[r|s,a] whichever policy played; and over a, by the policy.
-    So it needs neither an action, nor a next state, nor the environment.
+    `reward`, the least-squares fit of r on (s, a), which is E[r|s,a] on the agent's rows, whichever policy played, and on
+    the expert's where (s, s') tells the action; and over a, by the policy. So it needs neither an action, nor a next state,
+    nor the environment.
     """
     with torch.no_grad():
         return policy.marginal(reward, obs, temperature)
@@ -1244,9 +1247,10 @@ class Run:
 
 
 def blurred(batch: Batch, noise: float) -> Batch:
-    """With Gaussian noise on its observations, so that the implied reward varies slowly with the state."""
+    """With Gaussian noise on its observations, so that the implied reward varies slowly with the state (DEVIATION: the paper
+    has none)."""
     if not noise:
-        return batch  # DEVIATION below: the paper has none
+        return batch
     return batch._replace(obs=batch.obs + noise * torch.randn_like(batch.obs),
                           next_obs=batch.next_obs + noise * torch.randn_like(batch.obs))
 
@@ -1369,6 +1373,8 @@ def train(args: Args) -> Path:
         demos = add_images(demos, env_name(args.env_id))
     check(args.obs_dims <= np.prod(obs_shape),
           f"--obs-dims {args.obs_dims}: an observation has shape {obs_shape}; give --obs-dims 0 for all of it")
+    if discrete and args.actor_lr != Args().actor_lr:
+        print("warning: --actor-lr does nothing with discrete actions: their policy is the critic's", file=sys.stderr)
     limit = 10.0 if args.standardize_obs else np.inf  # in deviations; raw observations are not clipped
     size = (obs_shape, num_actions, discrete, args.hidden_size)
     critic = QNetwork(*size, args.layer_norm, limit).to(device)

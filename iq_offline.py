@@ -17,7 +17,7 @@ No environment is stepped but to evaluate, and none is needed: `--demos my.npz -
     python iq_offline.py --env-id CartPole-v1 --num-demos 1 --subsample-freq 20
 
 scores 499.4 ± 1.3 over seeds 111 to 115 from 25 transitions, their mirror images and 3,000 updates (cloning: 495.7 ±
-7.9); over 20 more (15 trajectories, four draws of those five) 453.5 ± 105.7 (cloning: 405.7 ± 115.3).
+7.9); over 20 more seeds (of 15 trajectories, four of them among those five) 453.5 ± 105.7 (cloning: 405.7 ± 115.3).
 
 Departures from the paper are marked DEVIATION where they act. Derived from iq_discrete.py, where play is:
 `diff iq_discrete.py iq_offline.py` shows what logged data and continuous actions need.
@@ -268,6 +268,8 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     Raises:
         BadInput: an unknown environment, or one whose spaces this script does not handle.
     """
+    check(not re.search("NoFrameskip|^ALE/", args.env_id or ""),
+          f"--env-id {args.env_id}: an Atari game, which iq_atari.py is for")
     try:
         envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=[Plain],
                             vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
@@ -724,8 +726,8 @@ def deviation(obs: torch.Tensor, seen: int | None = None) -> torch.Tensor:
     prints how many of the first `seen` entries (None: all) vary by less."""
     std = obs.std(0, correction=0)
     if small := int(((std > 1e-6) & (std < 0.01)).view(-1)[:seen].sum()):  # 1e-6: rounding
-        print(f"{small} entries of an observation vary by less than 0.01, which they are divided by: scale them if "
-              "only their unit is small", flush=True)
+        print(f"{small} entries of an observation have a standard deviation below 0.01 and are divided by 0.01: "
+              "rescale them if only their unit is small", flush=True)
     return std.clamp(min=0.01)
 
 
@@ -828,8 +830,8 @@ def actor_loss(network, actor, batch: Batch, args: Args):
     """E[τ·log π(ã|s) − Q(s,ã)] on expert states, to be minimised: §4.4 and Algorithm 1 print the opposite sign.
 
     DEVIATION: `--cloning-weight` adds −log π(a|s) of the expert's actions. Nothing bounds Q(s,ã) off the data, and
-    an actor that leaves the data has nothing else that brings it back: without it Hopper from four trajectories read 952
-    after 5,000 updates, with 0.1 the expert's 3,204 (cloning 3,198; one seed).
+    an actor that leaves the data has nothing else that brings it back: without it Hopper from four trajectories scored 952
+    after 5,000 updates, with 0.1 3,204, the level of the expert of then (cloning 3,198; one seed).
     """
     fresh, log_prob = sample_action(actor, batch.obs)
     terms = {"actor_entropy_term": args.temperature * log_prob.mean(), "actor_q_term": -network(batch.obs, fresh).mean()}
@@ -861,8 +863,8 @@ def gradient_penalty(network, actor, batch: Batch) -> torch.Tensor:
 
 
 def log_policy(network, actor, obs, action, temperature: float) -> torch.Tensor:
-    """log π(a|s) `[B]` of softmax(Q(s,·)/τ), or of the actor. Its actions at ±1, where the density is infinite, count
-    as ±0.999 (DEVIATION): cloning and held-out likelihoods are of those."""
+    """log π(a|s) `[B]` of softmax(Q(s,·)/τ), or of the actor. Its actions beyond ±0.999 count as that (DEVIATION: the
+    density is infinite at ±1), in cloning and in held-out likelihoods. Of a hard maximum it is taken at τ = 1e-6."""
     if actor:
         return log_density(*actor(obs), torch.atanh(action.clamp(-0.999, 0.999)))
     return F.log_softmax(network(obs) / max(temperature, 1e-6), 1).gather(1, action[:, None]).squeeze(1)

@@ -433,6 +433,7 @@ def test_another_version_warns_and_trains(tmp_path, capsys):
 # ------------------------------------------------------------------------------------- flags and directories
 BAD_FLAGS = {
     "--env-id NoSuchThing-v1": ("NoSuchThing",),
+    "--env-id PongNoFrameskip-v4": (r"Atari game, which iq_atari\.py",),
     "--env-id CartPole-v99": ("v99", "v1"),
     "--env-id nonsense!": ("nonsense!",),
     "--env-id no_such_module:Thing-v0": ("no_such_module",),
@@ -966,6 +967,7 @@ def test_a_bound_itself_is_no_violation_in_any_precision(low, high, kind, tmp_pa
 BAD_CONTINUOUS_FLAGS = {
     "--env-id CartPole-v1": ("discrete", r"iq_discrete\.py"),
     "--env-id NoSuchThing-v1": ("NoSuchThing",),
+    "--env-id PongNoFrameskip-v4": (r"Atari game, which iq_atari\.py",),
     "--env-id UnboundedActions-v0": (r"Box\(-inf, inf", "bounded"),
     "--env-id HalfBoundedActions-v0": (r"Box\(0.0, inf", "bounded"),
     "--env-id TwoAxesActions-v0": (r"\(2, 2\)", "one dimension"),

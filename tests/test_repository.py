@@ -178,7 +178,7 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
         "After 6,000, tuning seeds 1 to 3: " + " over the 48, with play in the loss ".join(
             ", ".join(f"{mean('pong', 'mean_of_48', method=method, seed=seed):.1f}" for seed in "123")
             for method in ("iq-6000", "iq-play")),
-        f"(Pong, three seeds: {mean('pong', 'mean_of_48', method='iq-6000'):.1f}, the last's "
+        f"(Pong, 6,000 updates: {mean('pong', 'mean_of_48', method='iq-6000'):.1f}, the last ones "
         f"{mean('pong', 'last_weights_mean_of_48', method='iq-6000'):.1f})",
         f"Walker2d has {mean('offline_mujoco', task='Walker2d-v5', method='iq', **offline):.0f} "
         f"(cloning {mean('offline_mujoco', task='Walker2d-v5', method='bc', **offline):.0f})",
@@ -207,7 +207,7 @@ def test_the_numbers_between_the_tables_are_those_of_the_csv_files():
     assert f"{pong[0]}, {pong[1]} and {pong[2]}" in (ROOT / "iq_atari.py").read_text()
     played, without = (" / ".join(f"{mean('pong', 'mean_of_48', method=method, seed=seed):.1f}" for seed in "123")
                        for method in ("iq-play", "iq-6000"))
-    assert f"read {played} on average (tuning seeds 1 to 3), without it {without}." in " ".join(
+    assert f"scored {played} on average (tuning seeds 1 to 3), without it {without}." in " ".join(
         importlib.import_module("iq_atari").__doc__.split())
     docstring = " ".join(importlib.import_module("iq_continuous").__doc__.split())
     for task in importlib.import_module("table3_mujoco").TASKS:
@@ -234,7 +234,7 @@ def test_what_play_in_the_loss_costs_on_lunar_lander_is_said_beside_its_settings
         own = mean("discrete", task="LunarLander, as recorded", method="iq", demos=demos)
         assert f"{played:.0f} instead of {own:.0f} {words}" in comments
     cnn, mlp = (mean("discrete", "success", task=f"GridWorld, random walls, {net}", method="iq") for net in ("CNN", "MLP"))
-    assert f"{cnn:.2f} of the walls that no demonstration has, by the MLP {mlp:.2f}" in comments
+    assert f"{100 * cnn:.0f} of 100 goals are reached, by the MLP {100 * mlp:.0f}." in comments
 
 
 def test_what_the_mirror_is_worth_is_said_beside_the_settings():

@@ -711,6 +711,18 @@ def test_a_learning_rate_of_the_other_kind_of_actions_is_told(go, tmp_path, caps
         np.savez(tmp_path / "real.npz", **dict(file) | {"actions": np.float32(file["actions"])[:, None]})
     go(iq_offline, f"--demos {tmp_path / 'real.npz'} --no-mirror", "real")
     assert "does nothing" not in capsys.readouterr().err
+    go(iq_ilo, "--actor-lr 0.1", "ilo")
+    assert "warning: --actor-lr does nothing with discrete actions" in capsys.readouterr().err
+    go(iq_ilo, "", "ilo-plain")
+    assert "does nothing" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, told", [("--env-id Acrobot-v1 --absorbing", True), ("--env-id Acrobot-v1", False),
+                                         ("", False), ("--env-id Acrobot-v1 --absorbing --value-loss v0_expert", False)])
+def test_an_absorbing_state_that_is_of_no_use_is_told(go, capsys, flags, told):
+    """CartPole's setting has one, for experts that fall: its own demonstrations do not, and nothing is said of it."""
+    go(iq_discrete, flags)
+    assert ("warning: --absorbing does nothing" in capsys.readouterr().err) is told
 
 
 @pytest.mark.parametrize("module", ALL)
@@ -733,7 +745,7 @@ def test_offline_names_the_script_that_an_environment_is_in(tmp_path, capsys):
 def test_entries_in_small_units_are_told(module, capsys):
     obs = torch.tensor([[-1e-3, 5.0, -1.0, 1e-3], [1e-3, 5.0, 1.0, -1e-3]])
     assert module.deviation(obs, 3).tolist() == pytest.approx([0.01, 0.01, 1.0, 0.01])
-    assert capsys.readouterr().out.startswith("1 entries of an observation vary by less than 0.01")
+    assert capsys.readouterr().out.startswith("1 entries of an observation have a standard deviation below 0.01")
     module.deviation(obs[:, 1:3])
     assert not capsys.readouterr().out
 
