@@ -111,7 +111,7 @@ class Args:
     chi2_alpha: float = 0.5  # of the χ² term, E[r²]/(4α) [α]
     chi2_rows: Literal["expert", "both"] = "both"  # rows that the χ² term averages over: expert's, or policy's too
     value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "v0_expert"  # V−γV': all | expert; (1−γ)V: s0 | expert
-    bound_targets: bool = True  # clip a target's V(s') at ±4α/(1−γ) where χ² is on both halves; not for large temperatures
+    bound_targets: bool = True  # clip a target's V(s') at ±4α/(1−γ) if χ² is on both halves; turn off for large temperatures
     target_rate: float = 0.005  # Polyak rate of the target critic for V(s')
     average_rate: float = 0.0005  # rate of a moving average of the actor, evaluated and saved in its place; 0: none
     cloning_weight: float = 0.0  # weight of cloning in the actor's loss, on expert rows
@@ -270,7 +270,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     Raises:
         BadInput: an unknown environment, or one whose spaces this script does not handle.
     """
-    check(not re.search("NoFrameskip|^ALE/", args.env_id or ""),
+    check(not re.search("NoFrameskip|^ALE/", args.env_id),
           f"--env-id {args.env_id}: an Atari game, which iq_atari.py is for")
     try:
         envs = gym.make_vec(args.env_id, num_envs=num_envs, vectorization_mode="sync", wrappers=[Plain],

@@ -63,7 +63,7 @@ MIRROR = {"CartPole": ((-1, -2, -3, -4), (1, 0)), "Acrobot": ((1, -2, 3, -4, -5,
 SETTINGS: dict[str, dict] = {
     # DEVIATION: 489 from 25 transitions after 10,000 steps (24 seeds of a vectorised copy), 384 with `value`, τ 1, α 50.
     # It pays for surviving: imitating one that only pushes left, and falls, scores 9 with `--absorbing`, 478 without;
-    # it changes nothing with the bundled demonstrations, none of which ends by itself.
+    # the flag changes nothing with the bundled demonstrations, none of which ends by itself.
     "CartPole": {"gamma": 0.97, "temperature": 0.1, "chi2_alpha": 0.05, "value_loss": "v0_expert",
                  "absorbing": True, "target_rate": 0.01, "average_rate": 0.0005},
     "Acrobot": {"temperature": 0.1, "total_timesteps": 10_000},
@@ -340,7 +340,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     Raises:
         BadInput: an unknown environment, or one whose spaces this script does not handle.
     """
-    check(not re.search("NoFrameskip|^ALE/", args.env_id or ""),
+    check(not re.search("NoFrameskip|^ALE/", args.env_id),
           f"--env-id {args.env_id}: an Atari game, which iq_atari.py is for")
     check(args.env_id != "GridWorld", "--env-id GridWorld: expected GridWorld-v0")  # else without its switches
     grid = {"size": args.grid_size} | {switch: getattr(args, switch) for switch in GRID_SWITCHES}
@@ -1187,8 +1187,9 @@ def train(args: Args) -> Path:
                  and args.chi2_rows == "both" and (args.divergence == "chi2" or args.chi2_alpha is not None)
                  and args.divergence in ("chi2", "tv", "w1"))  # φ(r) = r
     if args.absorbing and not absorbing and not SETTINGS.get(env_name(args.env_id), {}).get("absorbing"):
-        print("warning: --absorbing does nothing here: it needs demonstrations that end by themselves, --value-loss v0 or "
-              "v0_expert, --chi2-rows both and --divergence chi2 (or tv, w1 with --chi2-alpha)", file=sys.stderr)
+        print("warning: --absorbing does nothing here: it needs demonstrations that end by themselves, --objective iq, "
+              "--value-loss v0 or v0_expert, --chi2-rows both and --divergence chi2 (or tv, w1 with --chi2-alpha)",
+              file=sys.stderr)
 
     def value_at_end() -> torch.Tensor:
         """0 without `--absorbing`; before play as if the policy were the expert, whose rows are all that is read then."""

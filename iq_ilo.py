@@ -74,7 +74,7 @@ SETTINGS: dict[str, dict] = {
     "Acrobot": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
     "LunarLander": DISCRETE | {"learning_starts": 5_000, "temperature": 1.0, "chi2_alpha": 50.0,
                                "mirror": True,  # DEVIATION: 258 from one trajectory, 135 without
-                               "hidden_size": 512, "standardize_obs": True},  # from ten, not mirrored, 270, raw with 256 259
+                               "hidden_size": 512, "standardize_obs": True},  # from ten, unmirrored, 270; 259 with 256, raw
     # Half of the play is random and observations are noisy, so that the reward is smooth over the whole plane. For the
     # imitation alone --obs-noise 0 --temperature 0.01 is better.
     "PointMaze": {"hidden_size": 64, "batch_size": 64, "num_demos": 0, "actor_lr": 3e-4, "average_rate": 0.002,
@@ -116,7 +116,7 @@ class Args:
     chi2_alpha: float = 0.5  # of the χ² term, E[r²]/(4α) [α]
     chi2_rows: Literal["expert", "both"] = "both"  # rows that the χ² term averages over: expert's, or policy's too
     value_loss: Literal["value", "value_expert", "v0", "v0_expert"] = "v0_expert"  # V−γV': all | expert; (1−γ)V: s0 | expert
-    bound_targets: bool = True  # clip a target's V(s') at ±4α/(1−γ) where χ² is on both halves; not for large temperatures
+    bound_targets: bool = True  # clip a target's V(s') at ±4α/(1−γ) if χ² is on both halves; turn off for large temperatures
     target_rate: float = 0.005  # Polyak rate of the target critic for V(s'); 0: none, V(s') has gradient
     average_rate: float = 0.0005  # rate of a moving average of the weights, evaluated and saved in their place; 0: none
     # The network
@@ -357,7 +357,7 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> gym.
     Raises:
         BadInput: an unknown environment, or one whose spaces this script does not handle.
     """
-    check(not re.search("NoFrameskip|^ALE/", args.env_id or ""),
+    check(not re.search("NoFrameskip|^ALE/", args.env_id),
           f"--env-id {args.env_id}: an Atari game, which iq_atari.py is for")
     check(args.env_id != "PointMaze", "--env-id PointMaze: expected PointMaze-v0")  # else without its switches
     maze = {switch: getattr(args, switch) for switch in MAZE_SWITCHES}
