@@ -389,9 +389,8 @@ def log_density(mean: torch.Tensor, log_std: torch.Tensor, before_tanh: torch.Te
     return (gaussian - log_slope).sum(1)
 
 
-def sample_action(actor: Actor, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """ã ~ π(·|s) in [−1, 1] `[B, A]`, reparameterised, and log π(ã|s) `[B]`."""
-    mean, log_std = actor(obs)
+def sample_action(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """ã ~ π(·|s) in [−1, 1] `[B, A]`, reparameterised, and log π(ã|s) `[B]`, of what the actor has for s."""
     before_tanh = mean + log_std.exp() * torch.randn_like(mean)
     return torch.tanh(before_tanh), log_density(mean, log_std, before_tanh)
 
@@ -649,7 +648,7 @@ class Replay:
 # --------------------------------------------------------------------------------------- IQ objective
 def soft_value(critic, actor: Actor, obs: torch.Tensor, temperature: float) -> torch.Tensor:
     """V(s) = Q(s,ã) − τ log π(ã|s) `[B]` with one fresh ã ~ π(·|s) (paper, §3)."""
-    action, log_prob = sample_action(actor, obs)
+    action, log_prob = sample_action(*actor(obs))
     return critic(obs, action) - temperature * log_prob
 
 
@@ -694,7 +693,7 @@ def iq_loss(critic, target, actor: Actor, batch: Batch, fresh, n_expert: int, in
         terms["value_term"] = (V - γ * next_V[:n_expert]).mean()
     elif args.value_loss == "v0":  # not telescoped: (1 − γ)·E_ρ0[V(s0)]
         with torch.no_grad():  # the actor has none of this gradient either
-            initial_action, log_prob = sample_action(actor, initial_obs)
+            initial_action, log_prob = sample_action(*actor(initial_obs))
         V = critic(initial_obs, initial_action) - τ * log_prob
         terms["value_term"] = (1 - γ) * V.mean()
     else:  # v0_expert: with χ² on both halves it leaves r > 0 on expert rows, a bonus for surviving
@@ -715,10 +714,9 @@ def actor_loss(critic, obs: torch.Tensor, fresh, temperature: float) -> torch.Te
     return (temperature * log_prob - critic(obs, action)).mean()
 
 
-def cloning_loss(actor: Actor, batch: Batch, n_expert: int) -> torch.Tensor:
+def cloning_loss(mean: torch.Tensor, log_std: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
     """−E_expert[log π(a|s)]. DEVIATION: actions beyond ±0.999 count as that, since the density is infinite at ±1."""
-    before_tanh = torch.atanh(batch.action[:n_expert].clamp(-0.999, 0.999))
-    return -log_density(*actor(batch.obs[:n_expert]), before_tanh).mean()
+    return -log_density(mean, log_std, torch.atanh(action.clamp(-0.999, 0.999))).mean()
 
 
 # ------------------------------------------------------------------------------------------- Evaluate
@@ -983,11 +981,10 @@ class Run:
 def make_update(actor, critic, target, average, optimizers, n_expert: int, args: Args):
     """One gradient step of critic and actor as a function of tensors alone: the compile boundary.
 
-    Passes with B rows in all, of them n_expert the expert's: actor on s (shared by V(s) and the actor's loss) and on
-    s', target critic on s', critic on (s, a) and the value rows at once, critic on (s, ã) again after its step. None can go:
-    s' is no row's s, and V(s') is by the target's weights, without gradient; the actor's loss needs Q(s, ã) of all rows with
-    gradient to ã, by the critic after its step, the critic's loss without it and before. `--cloning-weight` adds the actor
-    on the expert's rows: that pass could be shared, but apart the term reads by itself.
+    Passes with B rows in all, of them n_expert the expert's: actor on s (shared by V(s), the actor's loss and its cloning
+    term) and on s', target critic on s', critic on (s, a) and the value rows at once, critic on (s, ã) again after its step.
+    None can go: s' is no row's s, and V(s') is by the target's weights, without gradient; the actor's loss needs Q(s, ã) of
+    all rows with gradient to ã, by the critic after its step, the critic's loss without it and before.
     """
     actor_optimizer, critic_optimizer = optimizers
     actor_parameters = list(actor.parameters())
@@ -997,14 +994,15 @@ def make_update(actor, critic, target, average, optimizers, n_expert: int, args:
     averages = [list(column) for column in zip(*moves)]  # means, parameters, rates: one call for all costs least
 
     def clone(batch: Batch) -> dict[str, torch.Tensor]:
-        loss = cloning_loss(actor, batch, n_expert)
+        loss = cloning_loss(*actor(batch.obs), batch.action)
         actor_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         actor_optimizer.step()
         return {"cloning_loss": loss.detach()}
 
     def update(batch: Batch, initial_obs: torch.Tensor, cloning_weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        fresh = sample_action(actor, batch.obs)
+        mean, log_std = actor(batch.obs)
+        fresh = sample_action(mean, log_std)
         torch._dynamo.graph_break()  # in one graph the critic's backward would free what the actor's still needs
         loss, terms = iq_loss(critic, target, actor, batch, [x.detach() for x in fresh], n_expert, initial_obs, args)
         critic_optimizer.zero_grad(set_to_none=True)
@@ -1015,7 +1013,7 @@ def make_update(actor, critic, target, average, optimizers, n_expert: int, args:
         terms["entropy"] = -fresh[1].mean()
         loss = terms["actor_loss"]
         if args.cloning_weight:  # DEVIATION: the paper's actor has no such term
-            terms["cloning_loss"] = cloning_loss(actor, batch, n_expert)
+            terms["cloning_loss"] = cloning_loss(*[x[:n_expert] for x in (mean, log_std, batch.action)])
             loss = loss + cloning_weight * terms["cloning_loss"]
         actor_optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=actor_parameters)  # through the critic, not into it
@@ -1089,7 +1087,7 @@ def train(args: Args) -> Path:
             playing = run.updates >= pretrain
             if playing:  # one step in each environment
                 with torch.no_grad():
-                    action = sample_action(actor, obs)[0]
+                    action = sample_action(*actor(obs))[0]
                     env_action = actor.to_env(action).cpu().numpy()
                 if not np.isfinite(env_action).all():  # which some environments fail on
                     run.check_finite(action)

@@ -396,9 +396,8 @@ def log_density(mean: torch.Tensor, log_std: torch.Tensor, before_tanh: torch.Te
     return (gaussian - log_slope).sum(1)
 
 
-def sample_action(actor: Actor, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """ã ~ π(·|s) in [−1, 1] `[B, A]`, reparameterised, and log π(ã|s) `[B]`."""
-    mean, log_std = actor(obs)
+def sample_action(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """ã ~ π(·|s) in [−1, 1] `[B, A]`, reparameterised, and log π(ã|s) `[B]`, of what the actor has for s."""
     before_tanh = mean + log_std.exp() * torch.randn_like(mean)
     return torch.tanh(before_tanh), log_density(mean, log_std, before_tanh)
 
@@ -752,7 +751,7 @@ def state_value(network, actor, obs, temperature: float) -> torch.Tensor:
     if actor is None:
         return soft_value(network(obs), temperature)
     with torch.no_grad():
-        fresh, log_prob = sample_action(actor, obs)
+        fresh, log_prob = sample_action(*actor(obs))
     return network(obs, fresh) - temperature * log_prob
 
 
@@ -833,7 +832,7 @@ def actor_loss(network, actor, batch: Batch, args: Args):
     an actor that leaves the data has nothing else that brings it back: without it Hopper from four trajectories scored 952
     after 5,000 updates, with 0.1 3,204, the level of the expert of then (cloning 3,198; one seed).
     """
-    fresh, log_prob = sample_action(actor, batch.obs)
+    fresh, log_prob = sample_action(*actor(batch.obs))
     terms = {"actor_entropy_term": args.temperature * log_prob.mean(), "actor_q_term": -network(batch.obs, fresh).mean()}
     if args.cloning_weight:
         terms["actor_cloning_term"] = -args.cloning_weight * log_policy(

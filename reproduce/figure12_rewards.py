@@ -52,7 +52,7 @@ def play(actor, env, seed: int):
     while not ended:
         state = torch.as_tensor(obs, dtype=torch.float32)[None]
         with torch.no_grad():
-            action = actor.to_env(iq_continuous.sample_action(actor, state)[0])
+            action = actor.to_env(iq_continuous.sample_action(*actor(state))[0])
         obs, reward, terminated, truncated, _ = env.step(action[0].numpy())
         rows.append((state, action, torch.as_tensor(obs, dtype=torch.float32)[None], torch.tensor([float(terminated)])))
         rewards.append(float(reward))

@@ -58,7 +58,7 @@ def make_critic(obs_size=3, num_actions=2, hidden=16, seed=1, **more) -> iq.QNet
 def test_a_sample_comes_with_its_own_density_and_is_reparameterised():
     actor = make_actor().double()
     obs = torch.randn(200, 3, dtype=F64)
-    action, log_prob = iq.sample_action(actor, obs)
+    action, log_prob = iq.sample_action(*actor(obs))
     mean, log_std = actor(obs)
     assert action.shape == (200, 2) and log_prob.shape == (200,) and (action.abs() < 1).all()
     torch.testing.assert_close(log_prob, iq.log_density(mean, log_std, torch.atanh(action)), rtol=1e-6, atol=1e-6)
@@ -66,18 +66,15 @@ def test_a_sample_comes_with_its_own_density_and_is_reparameterised():
         gradients = torch.autograd.grad(value.sum(), list(actor.parameters()), retain_graph=True)
         assert all(g.any() for g in gradients)
     with torch.no_grad():
-        again = iq.sample_action(actor, obs)[0]
+        again = iq.sample_action(*actor(obs))[0]
     assert (again != action).any(), "the noise is fresh"
 
 
 def test_samples_have_the_entropy_of_the_density():
     """−E[log π] of samples, against the integral −∫ p log p over the actions."""
-    class Fixed(nn.Module):
-        def forward(self, obs):
-            return torch.full_like(obs, 0.4), torch.full_like(obs, math.log(0.6))
-
     torch.manual_seed(0)
-    _, log_prob = iq.sample_action(Fixed(), torch.zeros(400_000, 1, dtype=F64))
+    fixed = torch.zeros(400_000, 1, dtype=F64)
+    _, log_prob = iq.sample_action(fixed + 0.4, fixed + math.log(0.6))
     action = torch.linspace(-1, 1, 400_001, dtype=F64)[1:-1, None]
     density = iq.log_density(torch.full_like(action, 0.4), torch.full_like(action, math.log(0.6)), torch.atanh(action))
     integral = torch.trapezoid(-density.exp() * density, action[:, 0]).item()
@@ -149,14 +146,14 @@ def one_hot(states):
     return torch.eye(3, dtype=F64)[torch.as_tensor(states)]
 
 
-def table_sample(actor, obs):
-    """What the policy draws in each state, in place of chance."""
+def table_policy(obs):
+    """The action that is drawn in each state and its log-density, in place of mean and log-deviation."""
     return obs @ torch.tensor(DRAWN, dtype=F64)[:, None], obs @ torch.tensor(LOG_PROB, dtype=F64)
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    monkeypatch.setattr(iq, "sample_action", table_sample)
+    monkeypatch.setattr(iq, "sample_action", lambda *draws: draws)
 
 
 def hand_batch(rows=HAND_ROWS):
@@ -167,8 +164,8 @@ def hand_batch(rows=HAND_ROWS):
 def hand_loss(rows=HAND_ROWS, n_expert=2, q=HAND_Q, target=HAND_TARGET_Q, **settings):
     args = iq.Args(**({"gamma": 0.5, "temperature": 0.5, "chi2_alpha": 2.0, "bound_targets": False} | settings))
     batch, critic = hand_batch(rows), Table(q)
-    loss, terms = iq.iq_loss(critic, critic if target is None else Table(target), None, batch,
-                             table_sample(None, batch.obs), n_expert, one_hot(HAND_INITIAL), args)
+    loss, terms = iq.iq_loss(critic, critic if target is None else Table(target), table_policy,
+                             batch, table_policy(batch.obs), n_expert, one_hot(HAND_INITIAL), args)
     return loss, {name: term.mean().item() for name, term in terms.items()}, critic
 
 
@@ -242,20 +239,21 @@ def test_expert_forms_ignore_policy_rows(value_loss, drawn):
 
 
 def test_temperature_zero_is_q_of_the_drawn_action(drawn):
-    torch.testing.assert_close(iq.soft_value(Table(HAND_Q), None, one_hot([0, 1, 2]), 0.0).detach(),
+    torch.testing.assert_close(iq.soft_value(Table(HAND_Q), table_policy, one_hot([0, 1, 2]), 0.0).detach(),
                                torch.tensor([2.0, 1.0, -1.0], dtype=F64))
 
 
 def test_actor_loss_hand_number():
     """E[τ log π − Q]: 0.5·(1 - 2 + 2)/3 - (2 + 1 - 1)/3; the opposite sign of §4.4 is the one to maximise."""
     obs = one_hot([0, 1, 2])
-    assert iq.actor_loss(Table(HAND_Q), obs, table_sample(None, obs), 0.5).item() == pytest.approx(0.5 / 3 - 2 / 3)
+    assert iq.actor_loss(Table(HAND_Q), obs, table_policy(obs), 0.5).item() == pytest.approx(0.5 / 3 - 2 / 3)
 
 
 # ------------------------------------------------------------------------------------------ implied reward
 @pytest.mark.parametrize("low, high", [([-0.4], [0.4]), ([0.0], [3.0]), ([-1.0], [1.0])])
 def test_implied_reward_takes_the_environments_units_and_is_the_r_of_the_loss(low, high, drawn):
     actor, critic, batch = make_actor(low=low, high=high).double(), Table(HAND_Q), hand_batch()
+    actor.forward = table_policy
     units = torch.tensor(low, dtype=F64) + (batch.action + 1) / 2 * (torch.tensor(high) - torch.tensor(low))
     r = iq.implied_reward(critic, actor, batch.obs, units, batch.next_obs, batch.terminated, 0.5, 0.5)
     assert r.shape == (5,)
@@ -281,7 +279,7 @@ def test_the_critics_loss_leaves_actor_and_target_alone(value_loss):
     """V(s') has no gradient at all; V(s) has it to the critic, and never to the actor, initial states included."""
     actor, critic, batch = make_actor(), make_critic(), random_batch()
     target = copy.deepcopy(critic)
-    fresh = [x.detach() for x in iq.sample_action(actor, batch.obs)]
+    fresh = [x.detach() for x in iq.sample_action(*actor(batch.obs))]
     args = iq.Args(value_loss=value_loss)
     loss, terms = iq.iq_loss(critic, target, actor, batch, fresh, 6, batch.obs[:4], args)
     value_gradient = torch.autograd.grad(terms["value_term"], list(critic.parameters()), retain_graph=True)
@@ -313,7 +311,7 @@ def test_an_update_is_a_step_of_the_critic_then_of_the_actor_then_the_averages(s
 
     _, actor2, critic2, target2, average2, (actor_adam, critic_adam) = parts(**settings)
     torch.manual_seed(9)
-    fresh = iq.sample_action(actor2, batch.obs)
+    fresh = iq.sample_action(*actor2(batch.obs))
     loss, _ = iq.iq_loss(critic2, target2, actor2, batch, [x.detach() for x in fresh], 6, batch.obs[:4], args)
     assert terms["loss"].item() == pytest.approx(loss.item())
     loss.backward()
@@ -322,7 +320,7 @@ def test_an_update_is_a_step_of_the_critic_then_of_the_actor_then_the_averages(s
     loss = (args.temperature * fresh[1] - critic2(batch.obs, fresh[0])).mean()
     assert terms["actor_loss"].item() == pytest.approx(loss.item())
     if args.cloning_weight:
-        loss = loss + fade * iq.cloning_loss(actor2, batch, 6)
+        loss = loss + fade * iq.cloning_loss(*actor2(batch.obs[:6]), batch.action[:6])
     actor_adam.zero_grad()
     loss.backward()
     actor_adam.step()
@@ -337,6 +335,17 @@ def test_an_update_is_a_step_of_the_critic_then_of_the_actor_then_the_averages(s
     assert all(not term.requires_grad for term in terms.values())
 
 
+def test_the_passes_of_an_update():
+    """Those that make_update states, with the cloning term too: s, s', V(s'), (s, a) with the value rows, (s, ã)."""
+    args, actor, critic, target, average, optimizers = parts(cloning_weight=0.5)
+    passes, batch = [], random_batch()
+    for name, network in {"actor": actor, "critic": critic, "target": target, "average": average}.items():
+        network.register_forward_pre_hook(lambda _, inputs, name=name: passes.append((name, len(inputs[0]))))
+    _, update = iq.make_update(actor, critic, target, average, optimizers, 6, args)
+    update(batch, batch.obs[:4], torch.tensor(0.3))
+    assert passes == [("actor", 12), ("actor", 12), ("target", 12), ("critic", 18), ("critic", 12)]
+
+
 def test_the_actor_climbs_its_critic():
     """With the critic Q = −‖a − 0.5‖² held, the actor's own steps bring its action to 0.5."""
     class Hill(nn.Module):
@@ -347,7 +356,7 @@ def test_the_actor_climbs_its_critic():
     optimizer = torch.optim.Adam(actor.parameters(), lr=1e-2)
     for _ in range(300):
         optimizer.zero_grad()
-        iq.actor_loss(Hill(), obs, iq.sample_action(actor, obs), 0.001).backward()
+        iq.actor_loss(Hill(), obs, iq.sample_action(*actor(obs)), 0.001).backward()
         optimizer.step()
     assert (actor.act(obs) - 0.5).abs().max() < 0.1
 
@@ -368,19 +377,27 @@ def test_compiled_and_eager_updates_agree():
 
 
 # ---------------------------------------------------------------------------------------------- cloning
-def test_cloning_loss_is_the_experts_likelihood_and_reads_expert_rows_alone():
+def test_cloning_loss_is_the_experts_likelihood():
     actor, batch = make_actor(), random_batch()
-    mean, log_std = actor(batch.obs[:6])
+    mean, log_std = actor(batch.obs)
     policy = TransformedDistribution(Independent(Normal(mean, log_std.exp()), 1), TanhTransform())
-    expected = -policy.log_prob(batch.action[:6].clamp(-0.999, 0.999)).mean()
-    torch.testing.assert_close(iq.cloning_loss(actor, batch, 6), expected, rtol=1e-4, atol=1e-4)
-    other = iq.Batch(*(torch.cat([x[:6], y[6:]]) for x, y in zip(batch, random_batch(seed=7))))
-    assert torch.equal(iq.cloning_loss(actor, batch, 6), iq.cloning_loss(actor, other, 6))
+    expected = -policy.log_prob(batch.action.clamp(-0.999, 0.999)).mean()
+    torch.testing.assert_close(iq.cloning_loss(mean, log_std, batch.action), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_cloning_term_reads_expert_rows_alone():
+    losses, batch = [], random_batch()
+    for rest in (batch, random_batch(seed=7)):
+        args, actor, critic, target, average, optimizers = parts(cloning_weight=0.5)
+        mixed = iq.Batch(*(torch.cat([x[:6], y[6:]]) for x, y in zip(batch, rest)))
+        _, update = iq.make_update(actor, critic, target, average, optimizers, 6, args)
+        losses.append(update(mixed, mixed.obs[:4], torch.tensor(0.3))["cloning_loss"])
+    assert torch.equal(*losses)
 
 
 def test_cloning_loss_is_finite_at_the_bounds():
     actor, batch = make_actor(), random_batch()
-    loss = iq.cloning_loss(actor, batch._replace(action=batch.action.sign()), 12)
+    loss = iq.cloning_loss(*actor(batch.obs), batch.action.sign())
     loss.backward()
     assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in gradients(actor))
 

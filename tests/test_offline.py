@@ -139,7 +139,7 @@ def test_the_value_of_continuous_actions_and_the_actors_loss():
     torch.manual_seed(7)
     value = iq_offline.state_value(network, actor, batch.obs, 0.3)
     torch.manual_seed(7)
-    fresh, log_prob = iq_offline.sample_action(actor, batch.obs)
+    fresh, log_prob = iq_offline.sample_action(*actor(batch.obs))
     torch.testing.assert_close(value, network(batch.obs, fresh) - 0.3 * log_prob)
     value.sum().backward()
     assert all(p.grad is None for p in actor.parameters()) and any(p.grad is not None for p in network.parameters())
@@ -163,7 +163,7 @@ def test_the_density_is_exact_and_that_of_the_action_between_minus_one_and_one()
     mean, log_std = actor(obs)
     reference = torch.distributions.TransformedDistribution(
         torch.distributions.Normal(mean, log_std.exp()), torch.distributions.TanhTransform())
-    fresh, log_prob = iq_offline.sample_action(actor, obs)
+    fresh, log_prob = iq_offline.sample_action(*actor(obs))
     assert fresh.abs().max() < 1
     assert log_prob.item() == pytest.approx(reference.log_prob(fresh).sum().item())
     assert log_prob_of(actor, obs, fresh).item() == pytest.approx(log_prob.item())
@@ -342,7 +342,7 @@ def test_compiled_and_eager_updates_agree(demos, divergence, monkeypatch):
                                         iq_offline.Args(compile=compile, temperature=0.0 if actor else 0.1,
                                                         divergence=divergence))
         if actor:  # compiled noise is another: none
-            monkeypatch.setattr(iq_offline, "sample_action", lambda actor, obs: (torch.tanh(actor(obs)[0]), 0 * obs[:, 0]))
+            monkeypatch.setattr(iq_offline, "sample_action", lambda mean, log_std: (torch.tanh(mean), 0 * mean[:, 0]))
         torch.manual_seed(9)
         with torch._inductor.config.patch(fallback_random=True):  # the same interpolates for both
             results.append([update(batch, batch.obs[:0])["loss"].item() for _ in range(3)])

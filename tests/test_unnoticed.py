@@ -329,12 +329,20 @@ def test_noise_reaches_the_reward_network(go, monkeypatch):
 
 
 def test_play_is_of_the_network_that_learns(go, monkeypatch):
-    used, runs = [], []
+    used, runs, forward = [], [], iq_continuous.Actor.forward
+
+    def signed(actor, obs):
+        mean, log_std = forward(actor, obs)
+        mean.actor = actor
+        return mean, log_std
+
+    monkeypatch.setattr(iq_continuous.Actor, "forward", signed)
     for module, name in ((iq_discrete, "network"), (iq_atari, "network"), (iq_continuous, "actor"), (iq_ilo, "policy")):
         owner, what = (iq_ilo.Softmax, "sample") if module is iq_ilo else (module, "sample_action")
         sample, save = getattr(owner, what), module.Run.save
         with monkeypatch.context() as patch:
-            patch.setattr(owner, what, lambda part, *a, sample=sample: used.append(part) or sample(part, *a))
+            patch.setattr(owner, what, lambda part, *a, sample=sample: (
+                used.append(getattr(part, "actor", part)) or sample(part, *a)))
             patch.setattr(module.Run, "save", lambda run, save=save: runs.append(run) or save(run))
             go(module, "--average-rate 0.5", module.SCRIPT)
         parts = runs[-1].parts
@@ -374,8 +382,7 @@ def test_actions_at_the_bounds_count_as_0_999():
     obs, ends = torch.zeros(2, 3), torch.tensor([[1.0], [0.999]])
     mean = log_std = torch.zeros(2, 1)
     right = iq_continuous.log_density(mean, log_std, torch.atanh(torch.tensor([[0.999], [0.999]])))
-    batch = iq_continuous.Batch(obs, ends, obs, obs[:, 0])
-    torch.testing.assert_close(-iq_continuous.cloning_loss(lambda obs: (mean, log_std), batch, 2), right.mean())
+    torch.testing.assert_close(-iq_continuous.cloning_loss(mean, log_std, ends), right.mean())
     torch.testing.assert_close(iq_offline.log_policy(None, lambda obs: (mean, log_std), obs, ends, 1.0), right)
     idm = iq_ilo.InverseDynamics((3,), 1, False, 8)
     right = iq_ilo.log_density(*iq_ilo.gaussian(idm(obs, obs)), torch.atanh(torch.full((2, 1), 0.999)))
