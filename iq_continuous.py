@@ -501,7 +501,7 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, lo
     """Episode lengths, actions, ends and environment as the format has them. Raises BadInput."""
     lengths, actions = data["episode_lengths"], data["actions"]
     check(lengths.ndim == 1 and lengths.dtype.kind in "iu" and (lengths > 0).all(),
-          f"{where}: episode_lengths of {lengths.dtype} and shape {lengths.shape}, beginning {lengths.reshape(-1)[:5]}, "
+          f"{where}: episode_lengths of {lengths.dtype} and shape {lengths.shape}, with values {np.unique(lengths)[:5]}, "
           "expected positive integers")
     check(len(lengths) > 0, f"{where}: it holds no episodes")
     check(actions.ndim > 0 and (lengths <= len(actions)).all(),
@@ -521,8 +521,8 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, lo
     for name in ("terminations", "truncations"):
         if name in data:
             check(data[name].ndim == 1 and data[name].dtype.kind in "biuf" and np.isin(data[name], (0, 1)).all(),
-                  f"{where}: {name} of {data[name].dtype} and shape {data[name].shape}, beginning "
-                  f"{data[name].reshape(-1)[:5]}, expected true or false")
+                  f"{where}: {name} of {data[name].dtype} and shape {data[name].shape}, with values "
+                  f"{np.unique(data[name])[:5]}, expected true or false")
     inside = np.setdiff1d(np.flatnonzero(data.get("terminations", [])), np.cumsum(lengths) - 1)
     if len(inside):
         print(f"warning: {where}: {len(inside)} terminations before the end of an episode, the first at action {inside[0]}; "

@@ -296,6 +296,33 @@ def test_the_reward_network_is_the_mean_of_the_implied_reward_over_next_states()
     torch.testing.assert_close(fitted[2:4], r[2:4], atol=0.02, rtol=0)
 
 
+def test_the_reward_network_leans_to_the_likely_next_state_where_the_action_cannot_be_told():
+    """Action 0 leads from 0 to 1 in 0.8 and to 2 in 0.2 of all cases, action 1 the other way, and r depends on s' alone. The
+    expert takes 0, play both: the agent's rows of action 0 are half as many as the expert's, which get the right name in
+    0.8 of those that lead to 1 and 0.2 of those that lead to 2, so state 1 has (0.2 + 0.32)/(0.25 + 0.34) of the fit."""
+    torch.manual_seed(0)
+    critic = QNetwork((3,), 2, True, 32)
+    with torch.no_grad():
+        critic.layers[-1].bias += 2
+    policy = Softmax(critic)
+    rows = [(0, 0, 1, 0.0)] * 4 + [(0, 0, 2, 1.0)] + [(0, 1, 1, 0.0)] + [(0, 1, 2, 1.0)] * 4
+    s, a, s2, d = zip(*rows)
+    batch = Batch(one_hot(s).float(), torch.tensor(a), one_hot(s2).float(), torch.tensor(d))
+    replay = iq_ilo.Replay(64, [((3,), torch.float32), ((), torch.int64), ((3,), torch.float32), ((), torch.float32)], "cpu")
+    replay.add(*batch)
+    demos = iq_ilo.Demonstrations(States(batch.obs[:5], batch.next_obs[:5], batch.terminated[:5]), batch.obs[:1], np.nan)
+
+    class Named:  # p(a|s,s') of those who take both
+        def sample(self, obs, next_obs):
+            return torch.bernoulli(torch.where(next_obs[:, 1] > 0, 0.2, 0.8)).long()
+
+    args = iq_ilo.Args(gamma=0.9, temperature=0.5, batch_size=1024, reward_updates=600)
+    reward = iq_ilo.fit_reward(critic, policy, Named(), demos, replay, args, SimpleNamespace(signum=0))
+    to_1, to_2 = iq_ilo.implied_reward(critic, policy, *batch, 0.9, 0.5).detach()[[0, 4]]
+    share = (reward(batch.obs[:1], batch.action[:1]).item() - to_2) / (to_1 - to_2)
+    assert abs(to_1 - to_2) > 1 and share.item() == pytest.approx(0.52 / 0.59, abs=0.015)  # the mean over s' is 0.8
+
+
 @pytest.mark.parametrize("way", ["policy", "replay"])
 def test_without_inverse_dynamics_the_reward_network_is_fitted_on_play_alone(way):
     """The expert's next states follow from actions that nobody knows: state 1 where play has state 0."""

@@ -350,7 +350,7 @@ BAD_ARRAYS = {
     "actions bool": ({"actions": D["actions"] > 0}, "actions.*bool", "int64"),
     "actions above the space": ({"actions": at(D["actions"], 4, 2)}, r"actions from \d to 2\b", "0 to 1"),
     "actions below the space": ({"actions": at(D["actions"], 4, -1)}, "actions from -1", "0 to 1"),
-    "terminations of 2": ({"terminations": at(D["terminations"].astype(int), 4, 2)}, r"terminations.*\b2\b", "true"),
+    "terminations of 2": ({"terminations": at(D["terminations"].astype(int), 9, 2)}, r"terminations.*\b2\b", "true"),
     "terminations NaN": ({"terminations": np.full(STEPS, np.nan)}, "terminations.*(nan|NaN|float)", "true"),
     "truncations text": ({"truncations": np.full(STEPS, "no")}, "truncations.*(no|<U)", "true"),
     "truncations in 2-D": ({"truncations": D["truncations"][:, None]}, r"truncations.*\(15, 1\)", "true"),

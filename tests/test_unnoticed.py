@@ -392,8 +392,9 @@ def test_actions_at_the_bounds_count_as_0_999():
 def test_held_out_likelihood_is_at_the_policys_temperature(go, monkeypatch):
     q, action = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
     batch = iq_offline.Batch(q, action, q, torch.zeros(5))
-    term = iq_offline.holdout_terms(lambda obs: obs, None, batch, 0.5)["holdout_log_likelihood"]
-    torch.testing.assert_close(term, -F.cross_entropy(q / 0.5, action))
+    for temperature, known in ((0.5, 0.5), (0.0, 1e-6)):  # a hard maximum's is taken there
+        term = iq_offline.holdout_terms(lambda obs: obs, None, batch, temperature)["holdout_log_likelihood"]
+        torch.testing.assert_close(term, -F.cross_entropy(q / known, action))
     used, terms = [], iq_offline.holdout_terms
     monkeypatch.setattr(iq_offline, "holdout_terms", lambda *a: used.append(a[3]) or terms(*a))
     go(iq_offline, "--objective bc --temperature 0.3 --holdout 0.5")
