@@ -18,9 +18,9 @@ over demonstrations and the agent's own play (`--value-loss`: other second terms
 
 scores 3455 ± 76 of an expert's 3500 over seeds 101 to 105, from one trajectory and 40,000 steps, 4 minutes of one core
 (cloning alone: 2480 ± 971); HalfCheetah-v5 5583 ± 17 of 5632 after 30,000 (106 to 110; cloning 5537 ± 19); Walker2d-v5
-5151 ± 101 of 5227 after 120,000 (104 to 106; cloning 595 ± 208); Ant-v5 4974 ± 24 of 5016 after 400,000, an update for
-eight of them, 15 minutes (116 to 120; cloning 1455 ± 528); Humanoid-v5 5340 ± 2 of 5336 after 300,000, an update for three
-of them, 37 minutes (104 to 106; cloning 655 ± 151).
+5190 ± 59 of 5227 after 120,000 (104 to 106; cloning 595 ± 208); Ant-v5 4852 ± 122 of 5016 after 400,000, an update for
+eight of them, 17 minutes (116 to 120; cloning 1455 ± 528); Humanoid-v5 5071 ± 369 of 5336 after 300,000, an update for
+three of them, 33 minutes (104 to 106; cloning 655 ± 151).
 
 Departures from the paper are marked DEVIATION where they act; `--preset paper` turns off those that can be.
 `diff iq_discrete.py iq_continuous.py` shows what an actor needs.
