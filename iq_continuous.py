@@ -984,7 +984,8 @@ def make_update(actor, critic, target, average, optimizers, n_expert: int, args:
     Passes with B rows in all, of them n_expert the expert's: actor on s (shared by V(s), the actor's loss and its cloning
     term) and on s', target critic on s', critic on (s, a) and the value rows at once, critic on (s, ã) again after its step.
     None can go: s' is no row's s, and V(s') is by the target's weights, without gradient; the actor's loss needs Q(s, ã) of
-    all rows with gradient to ã, by the critic after its step, the critic's loss without it and before.
+    all rows with gradient to ã, by the critic after its step, the critic's loss without it and before. `--value-loss v0`
+    adds actor and critic on the initial states.
     """
     actor_optimizer, critic_optimizer = optimizers
     actor_parameters = list(actor.parameters())

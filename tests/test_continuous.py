@@ -335,15 +335,17 @@ def test_an_update_is_a_step_of_the_critic_then_of_the_actor_then_the_averages(s
     assert all(not term.requires_grad for term in terms.values())
 
 
-def test_the_passes_of_an_update():
+@pytest.mark.parametrize("value_loss, of_value", [
+    ("v0_expert", [("critic", 18)]), ("value", [("critic", 24)]), ("v0", [("critic", 12), ("actor", 4), ("critic", 4)])])
+def test_the_passes_of_an_update(value_loss, of_value):
     """Those that make_update states, with the cloning term too: s, s', V(s'), (s, a) with the value rows, (s, ã)."""
-    args, actor, critic, target, average, optimizers = parts(cloning_weight=0.5)
+    args, actor, critic, target, average, optimizers = parts(cloning_weight=0.5, value_loss=value_loss)
     passes, batch = [], random_batch()
     for name, network in {"actor": actor, "critic": critic, "target": target, "average": average}.items():
         network.register_forward_pre_hook(lambda _, inputs, name=name: passes.append((name, len(inputs[0]))))
     _, update = iq.make_update(actor, critic, target, average, optimizers, 6, args)
     update(batch, batch.obs[:4], torch.tensor(0.3))
-    assert passes == [("actor", 12), ("actor", 12), ("target", 12), ("critic", 18), ("critic", 12)]
+    assert passes == [("actor", 12), ("actor", 12), ("target", 12), *of_value, ("critic", 12)]
 
 
 def test_the_actor_climbs_its_critic():
