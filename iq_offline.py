@@ -832,11 +832,11 @@ def actor_loss(network, actor, batch: Batch, args: Args):
     an actor that leaves the data has nothing else that brings it back: without it Hopper from four trajectories scored 952
     after 5,000 updates, with 0.1 3,204, the level of the expert of then (cloning 3,198; one seed).
     """
-    fresh, log_prob = sample_action(*actor(batch.obs))
+    mean, log_std = actor(batch.obs)
+    fresh, log_prob = sample_action(mean, log_std)
     terms = {"actor_entropy_term": args.temperature * log_prob.mean(), "actor_q_term": -network(batch.obs, fresh).mean()}
     if args.cloning_weight:
-        terms["actor_cloning_term"] = -args.cloning_weight * log_policy(
-            network, actor, batch.obs, batch.action, args.temperature).mean()
+        terms["actor_cloning_term"] = -args.cloning_weight * log_policy((mean, log_std), batch.action).mean()
     return sum(terms.values()), terms
 
 
@@ -861,17 +861,18 @@ def gradient_penalty(network, actor, batch: Batch) -> torch.Tensor:
     return ((torch.cat([g.flatten(1) for g in gradients], 1).norm(dim=1) - 1) ** 2).mean()
 
 
-def log_policy(network, actor, obs, action, temperature: float) -> torch.Tensor:
-    """log π(a|s) `[B]` of softmax(Q(s,·)/τ), or of the actor. Its actions beyond ±0.999 count as that (DEVIATION: the
-    density is infinite at ±1), in cloning and in held-out likelihoods. Of a hard maximum it is taken at τ = 1e-6."""
-    if actor:
-        return log_density(*actor(obs), torch.atanh(action.clamp(-0.999, 0.999)))
-    return F.log_softmax(network(obs) / max(temperature, 1e-6), 1).gather(1, action[:, None]).squeeze(1)
+def log_policy(output, action: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """log π(a|s) `[B]` of softmax(Q(s,·)/τ) for `output` Q(s,·) `[B, A]`, of a hard maximum at τ = 1e-6; or of an actor's
+    `(mean, log_std)`, whose actions beyond ±0.999 count as that, in cloning and in held-out likelihoods (DEVIATION: the
+    density is infinite at ±1)."""
+    if isinstance(output, tuple):
+        return log_density(*output, torch.atanh(action.clamp(-0.999, 0.999)))
+    return F.log_softmax(output / max(temperature, 1e-6), 1).gather(1, action[:, None]).squeeze(1)
 
 
 def bc_loss(network, actor, batch: Batch):
     """Behavioural cloning, the baseline: −log π(a|s) of softmax(Q) or of the actor, at the expert's actions."""
-    loss = -log_policy(network, actor, batch.obs, batch.action, 1.0).mean()
+    loss = -log_policy((actor or network)(batch.obs), batch.action).mean()
     return loss, {"loss": loss}
 
 
@@ -927,11 +928,12 @@ def random_return(args: Args, measure: bool = True) -> float:
 def holdout_terms(network, actor, batch: Batch, temperature: float) -> dict[str, torch.Tensor]:
     """Of trajectories kept out: mean log π(a|s), and the share of actions that the greedy policy has too (continuous:
     the root mean square of its difference, in [−1, 1])."""
-    terms = {"holdout_log_likelihood": log_policy(network, actor, batch.obs, batch.action, temperature).mean()}
+    output = (actor or network)(batch.obs)
+    terms = {"holdout_log_likelihood": log_policy(output, batch.action, temperature).mean()}
     if actor:
-        error = torch.tanh(actor(batch.obs)[0]) - batch.action
+        error = torch.tanh(output[0]) - batch.action
         return terms | {"holdout_error": error.square().mean().sqrt()}
-    return terms | {"holdout_accuracy": (network(batch.obs).argmax(1) == batch.action).float().mean()}
+    return terms | {"holdout_accuracy": (output.argmax(1) == batch.action).float().mean()}
 
 
 def write_video(frames: list, fps: int, path: Path) -> None:

@@ -57,7 +57,7 @@ def setting(kind, seed=0, n=9):
 
 # ----------------------------------------------------------------------------------------------- the objective
 def log_prob_of(actor, obs, action):
-    return iq_offline.log_policy(None, actor, obs, action, 1.0)
+    return iq_offline.log_policy(actor(obs), action)
 
 
 KINDS = pytest.mark.parametrize("kind", ["discrete", "continuous"])
@@ -149,6 +149,17 @@ def test_the_value_of_continuous_actions_and_the_actors_loss():
     with_cloning, terms = iq_offline.actor_loss(network, actor, batch, iq_offline.Args(cloning_weight=0.5))
     cloning = -0.5 * log_prob_of(actor, batch.obs, batch.action).mean()
     assert terms["actor_cloning_term"].item() == pytest.approx(cloning.item())
+
+
+@pytest.mark.parametrize("cloning_weight", [0.0, 0.5])
+def test_the_actors_loss_takes_one_pass_of_each_network(cloning_weight):
+    """Its cloning term reads the actor's output that its actions are drawn from."""
+    network, actor, batch = setting("continuous")
+    passes = []
+    for name, module in {"actor": actor, "critic": network}.items():
+        module.register_forward_pre_hook(lambda *_, name=name: passes.append(name))
+    iq_offline.actor_loss(network, actor, batch, iq_offline.Args(cloning_weight=cloning_weight))
+    assert sorted(passes) == ["actor", "critic"]
 
 
 def test_the_density_is_exact_and_that_of_the_action_between_minus_one_and_one():

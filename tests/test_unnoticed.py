@@ -383,7 +383,7 @@ def test_actions_at_the_bounds_count_as_0_999():
     mean = log_std = torch.zeros(2, 1)
     right = iq_continuous.log_density(mean, log_std, torch.atanh(torch.tensor([[0.999], [0.999]])))
     torch.testing.assert_close(-iq_continuous.cloning_loss(mean, log_std, ends), right.mean())
-    torch.testing.assert_close(iq_offline.log_policy(None, lambda obs: (mean, log_std), obs, ends, 1.0), right)
+    torch.testing.assert_close(iq_offline.log_policy((mean, log_std), ends), right)
     idm = iq_ilo.InverseDynamics((3,), 1, False, 8)
     right = iq_ilo.log_density(*iq_ilo.gaussian(idm(obs, obs)), torch.atanh(torch.full((2, 1), 0.999)))
     torch.testing.assert_close(idm.log_prob(obs, ends, obs), right)
