@@ -434,7 +434,7 @@ class Demonstrations(NamedTuple):
     """The expert's transitions on the device, and what is reported of them."""
 
     transitions: Batch
-    initial_obs: torch.Tensor  # [episodes, *obs_shape], each trajectory's first state, kept before subsampling
+    initial_obs: torch.Tensor  # [episodes, *obs_shape], first states, kept before subsampling; then their images (--mirror)
     expert_return: float  # mean return of the trajectories used; NaN without rewards in the file
     end_rate: float  # share of their transitions, before subsampling, that ended an episode by themselves
 

@@ -73,15 +73,16 @@ SETTINGS: dict[str, dict] = {
     "CartPole": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
     "Acrobot": DISCRETE | {"temperature": 0.1, "hidden_size": 64, "total_timesteps": 10_000, "eval_every": 2_000},
     "LunarLander": DISCRETE | {"learning_starts": 5_000, "temperature": 1.0, "chi2_alpha": 50.0,
-                               "mirror": True,  # DEVIATION: 258 from one trajectory, 135 without
+                               "mirror": True,  # DEVIATION: 258 from one trajectory, 135 without; τ and α, too
                                "hidden_size": 512, "standardize_obs": True},  # from ten, unmirrored, 270; 259 with 256, raw
     # Half of the play is random and observations are noisy, so that the reward is smooth over the whole plane. For the
     # imitation alone --obs-noise 0 --temperature 0.01 is better.
     "PointMaze": {"hidden_size": 64, "batch_size": 64, "num_demos": 0, "actor_lr": 3e-4, "average_rate": 0.002,
                   "temperature": 0.1, "obs_noise": 0.06, "learning_starts": 4_000, "total_timesteps": 8_000,
                   "eval_every": 2_000},
-    "Hopper": {"gamma": 0.97, "temperature": 0.1, "anneal_lr": 0.5, "total_timesteps": 80_000},
-    "Ant": {"obs_dims": 27,  # positions and velocities; much play and a quick target critic as in iq_continuous.py
+    "Hopper": {"gamma": 0.97, "temperature": 0.1,  # DEVIATION: as in iq_continuous.py
+               "anneal_lr": 0.5, "total_timesteps": 80_000},
+    "Ant": {"obs_dims": 27,  # positions and velocities. DEVIATION: much play, a quick target critic, as in iq_continuous.py
             "target_rate": 0.02, "anneal_lr": 0.5, "num_envs": 8, "updates_per_step": 0.25, "learning_starts": 5_000,
             "total_timesteps": 400_000, "eval_every": 25_000, "checkpoint_every": 50_000},  # each holds the replay, 0.4 GB
     "Humanoid": {"obs_dims": 45},  # positions and velocities
@@ -628,7 +629,7 @@ class Demonstrations(NamedTuple):
     """The expert's transitions on the device, and what is reported of them."""
 
     transitions: States
-    initial_obs: torch.Tensor  # [episodes, *obs_shape], each trajectory's first state, kept before subsampling
+    initial_obs: torch.Tensor  # [episodes, *obs_shape], first states, kept before subsampling; then their images (--mirror)
     expert_return: float  # mean return of the trajectories used; NaN without rewards in the file
 
 
@@ -1401,7 +1402,7 @@ def train(args: Args) -> Path:
     acting, judging = average or policy, average_critic or critic  # what is evaluated and saved
     learned = {"critic": critic, "actor": None if discrete else policy, "idm": idm}
     learning_rates = {"critic": args.critic_lr, "actor": args.actor_lr, "idm": args.idm_lr}
-    # The rates are tensors, so that a compiled update follows them.
+    # The rates are tensors, which annealing writes into.
     optimizers = {name: network and torch.optim.Adam(network.parameters(), torch.tensor(learning_rates[name], device=device),
                                                      fused=True) for name, network in learned.items()}
     total, n = args.total_timesteps, args.batch_size

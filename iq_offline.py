@@ -17,7 +17,8 @@ No environment is stepped but to evaluate, and none is needed: `--demos my.npz -
     python iq_offline.py --env-id CartPole-v1 --num-demos 1 --subsample-freq 20
 
 scores 499.4 ± 1.3 over seeds 111 to 115 from 25 transitions, their mirror images and 3,000 updates (cloning: 495.7 ±
-7.9); over 20 more seeds (of 15 trajectories, four of them among those five) 453.5 ± 105.7 (cloning: 405.7 ± 115.3).
+7.9), a few seconds of one core; over 20 more seeds (of 15 trajectories, four of them among those five) 453.5 ± 105.7
+(cloning: 405.7 ± 115.3).
 
 Departures from the paper are marked DEVIATION where they act. Derived from iq_discrete.py, where play is:
 `diff iq_discrete.py iq_offline.py` shows what logged data and continuous actions need.
@@ -63,7 +64,7 @@ MUJOCO = {"hidden_size": 256}
 # Settings that differ per environment, by its name without the version; a flag that is given always wins.
 SETTINGS: dict[str, dict] = {
     # DEVIATION, all three: the transitions are mirrored. From one trajectory 499 / −84 / 227, 446 / −97 / 34 without.
-    # DEVIATION, CartPole: the paper has τ 0.01 and two layers; its expert is linear.
+    # DEVIATION, CartPole: the paper has τ 0.001 and two layers; its expert is linear.
     "CartPole": {"standardize_obs": False, "hidden_layers": 0, "temperature": 0.1, "chi2_alpha": 5.0,
                  "learning_rate": 1e-2, "mirror": True, "total_updates": 3_000},
     # DEVIATION, Acrobot and LunarLander: with τ and α this large the loss is near cloning's; LunarLander's weights decay.
@@ -103,7 +104,7 @@ class Args:
     gradient_penalty: float = 10.0  # weight of the gradient penalty [λ], with w1 alone
     q_bound: float | None = None  # |Q| bounded by a tanh; 0 for none (default: 10 with tv, else none)
     target_rate: float | None = None  # Polyak rate of a target network for V(s'), 0: none (default: 0.005 if continuous)
-    average_rate: float = 0.002  # rate of a moving average of the weights, evaluated and saved in their place; 0: none
+    average_rate: float = 0.002  # rate of a moving average of the policy's weights, evaluated and saved instead; 0: none
     cloning_weight: float = 0.1  # weight of cloning in the actor's loss, with continuous actions
     # The network
     hidden_size: int = 64  # units of a hidden layer
@@ -423,7 +424,7 @@ class Demonstrations(NamedTuple):
     """The expert's transitions on the device, and what is reported of them."""
 
     transitions: Batch
-    initial_obs: torch.Tensor  # [episodes, *obs_shape], each trajectory's first state, kept before subsampling
+    initial_obs: torch.Tensor  # [episodes, *obs_shape], first states, kept before subsampling; then their images (--mirror)
     expert_return: float  # mean return of the trajectories used; NaN without rewards in the file
     holdout: Batch | None  # transitions of the trajectories kept out
     spaces: Spaces  # sizes and bounds
@@ -871,9 +872,11 @@ def log_policy(output, action: torch.Tensor, temperature: float = 1.0) -> torch.
 
 
 def bc_loss(network, actor, batch: Batch):
-    """Behavioural cloning, the baseline: −log π(a|s) of softmax(Q) or of the actor, at the expert's actions."""
-    loss = -log_policy((actor or network)(batch.obs), batch.action).mean()
-    return loss, {"loss": loss}
+    """Behavioural cloning, the baseline: −log π(a|s) of softmax(Q), or of the actor, whose critic stays untrained: no reward
+    is implied then."""
+    output = (actor or network)(batch.obs)
+    loss = -log_policy(output, batch.action).mean()
+    return loss, {"loss": loss} | ({} if actor else {"accuracy": (output.argmax(1) == batch.action).float().mean()})
 
 
 def act(network, actor, obs: torch.Tensor) -> torch.Tensor:
@@ -1162,7 +1165,8 @@ class Run:
             home = {"GridWorld-v0": "iq_discrete:", "PointMaze-v0": "iq_ilo:"}.get(self.env_id, "")  # the script it is in
             env_id = "ENVIRONMENT" if self.env_id == "unknown" else shlex.quote(home + self.env_id)
             command = shlex.join(["python", called, "--evaluate", str(self.dir / "model.pt")])
-            print(f"not evaluated; where the environment is installed: {command} --env-id {env_id}")
+            level = " (the level without its switches)" if home else ""  # a file of demonstrations does not say which
+            print(f"not evaluated; where the environment is installed{level}: {command} --env-id {env_id}")
         seconds = self.rows[-1]["seconds"]  # as the last row of metrics.csv has it
         print(final_line(self.returns, expert, self.random, self.step, self.updates, seconds, self.dir), flush=True)
         return self.dir
@@ -1257,7 +1261,7 @@ def train(args: Args) -> Path:
         print(f"the networks see the first {args.obs_dims} entries of an observation (--obs-dims)", flush=True)
         for module in filter(None, (network, actor)):
             module.obs_std.view(-1)[args.obs_dims :] = np.inf
-    # With continuous actions V(s') comes from a target network, without gradient, as in the paper.
+    # With continuous actions V(s') comes from a target network, without gradient, as the paper has it online.
     args = replace(args, target_rate=args.target_rate if args.target_rate is not None else 0.0 if num_actions else 0.005)
     target = deepcopy(network) if args.target_rate else None  # DEVIATION: with discrete actions the paper has none
     average = deepcopy(actor or network) if args.average_rate else None  # DEVIATION: the paper has the last iterate

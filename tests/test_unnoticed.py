@@ -223,8 +223,9 @@ def test_cloning_is_of_softmax_q_and_saved_so(go):
     q, action = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
     for module in (iq_discrete, iq_atari, iq_offline):
         batch = module.Batch(q, action, q, torch.zeros(5))
-        loss, _ = module.bc_loss(lambda obs: obs, *[None] * (module is iq_offline), batch)
+        loss, terms = module.bc_loss(lambda obs: obs, *[None] * (module is iq_offline), batch)
         torch.testing.assert_close(loss, F.cross_entropy(q, action))
+        assert terms["accuracy"] == (q.argmax(1) == action).float().mean()
 
 
 def test_offline_optimisers_targets_and_bounds(go, tmp_path):
@@ -745,8 +746,10 @@ def test_offline_names_the_script_that_an_environment_is_in(tmp_path, capsys):
     demos = ROOT / "demos" / "GridWorld-v0.npz"
     given = f"--demos {demos} --total-updates 2 --num-demos 1 --out-dir {tmp_path} --run-name run"
     assert iq_offline.main(given.split()) == 0
-    hint = capsys.readouterr().out.split(" iq_offline.py ")[1].split("\n")[0]
-    assert "iq_discrete:GridWorld-v0" in hint and iq_offline.main([*hint.split(), "--eval-episodes", "1"]) == 0
+    shown = capsys.readouterr().out
+    hint = shown.split(" iq_offline.py ")[1].split("\n")[0]
+    assert "the level without its switches" in shown and "iq_discrete:GridWorld-v0" in hint
+    assert iq_offline.main([*hint.split(), "--eval-episodes", "1"]) == 0
 
 
 @pytest.mark.parametrize("module", [iq_discrete, iq_continuous, iq_offline, iq_ilo])
