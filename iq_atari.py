@@ -176,6 +176,8 @@ def validate(args: Args) -> None:
         for name in names.split():
             value = getattr(args, name)
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
+    for name, value in asdict(args).items():
+        check(not isinstance(value, int) or value < 2**53, f"--{name.replace('_', '-')} {value}: expected less than 2^53")
     check(not args.track or importlib.util.find_spec("wandb"), "--track: it needs `pip install wandb`")
     check(not args.capture_video or importlib.util.find_spec("moviepy"), "--capture-video: it needs `pip install moviepy`")
     check(not args.capture_video or args.evaluate or args.eval_every,
@@ -378,7 +380,7 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, nu
     check(actions.ndim > 0 and (lengths <= len(actions)).all(),
           f"{where}: episode_lengths up to {lengths.max()}, and actions of shape {actions.shape}")
     lengths = data["episode_lengths"] = lengths.astype(np.int64)
-    for name in ("actions", "terminations", "truncations", "rewards"):
+    for name in ("actions", "dones", "terminations", "truncations", "rewards"):
         if name in data:
             check(data[name].shape[:1] == (lengths.sum(),), f"{where}: {name} of shape {data[name].shape}, expected "
                   f"{lengths.sum()}, the sum of episode_lengths")
@@ -386,7 +388,7 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args, nu
           f"{where}: actions are {actions.dtype} of shape {actions.shape}, expected int64 of shape (T,)")
     check((actions >= 0).all() and (actions < num_actions).all(),
           f"{where}: actions from {actions.min()} to {actions.max()}, {args.env_id} has 0 to {num_actions - 1}")
-    for name in ("terminations", "truncations"):
+    for name in ("dones", "terminations", "truncations"):
         if name in data:
             check(data[name].ndim == 1 and data[name].dtype.kind in "biuf" and np.isin(data[name], (0, 1)).all(),
                   f"{where}: {name} of {data[name].dtype} and shape {data[name].shape}, with values "
@@ -811,6 +813,7 @@ class Run:
                 self.rows = [row for row in rows if (int(row["step"]), int(row["updates"])) <= now]
             except (ValueError, TypeError, KeyError) as error:
                 raise BadInput(f"--resume {path}: its metrics.csv cannot be read ({type(error).__name__})") from None
+            self.write_rows()  # now: the next checkpoint may come before the next row
         if args.track:
             import wandb
 
@@ -876,18 +879,22 @@ class Run:
                "steps_per_second": round((count - first) / (now - self.first_time), 1) if count > first else np.nan,
                "seconds": round(now - self.start, 1)} | {name: float(term.mean()) for name, term in self.terms.items()}
         self.rows = [old for old in self.rows if (int(old["step"]), int(old["updates"])) < (step, updates)] + [row]
-        names = dict.fromkeys(name for r in self.rows for name in r)
-        with open(self.dir / "metrics.tmp", "w", newline="") as file:
-            writer = csv.DictWriter(file, names, restval="nan")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
+        self.write_rows()
         self.due = False
         if self.wandb:
             self.wandb.log(row, step=min(updates, self.pretrain) + step)  # one that grows from row to row
         if self.returns is not None:
             self.bar.set_postfix(eval_return=f"{mean:.1f}")
             self.bar.write(f"step {step}, update {updates}: eval_return {mean:.1f} ± {std:.1f}")
+
+    def write_rows(self) -> None:
+        """Write metrics.csv anew: the old file or the new one, whenever the process is killed."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        with open(self.dir / "metrics.tmp", "w", newline="") as file:
+            writer = csv.DictWriter(file, names, restval="nan")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
 
     def check_finite(self) -> None:
         """SystemExit 1 unless the last terms and the network are finite."""
@@ -1080,6 +1087,11 @@ def main(argv: list[str] | None = None) -> int:
         train(args) if args.evaluate is None else play(args)
     except BadInput as error:
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("allocate|overflowed", str(error)):  # so says torch of a batch or a network too large for memory
+            raise
+        print(f"{SCRIPT}.py: {str(error).splitlines()[0]}; a smaller --batch-size or network needs less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

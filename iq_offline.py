@@ -179,7 +179,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """
     argv = sys.argv[1:] if argv is None else argv
     args = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])  # help comes with the settings
-    if args.resume is None:
+    if args.resume is None or args.evaluate is not None:
         env_id = args.env_id or recorded_in(args.demos)
         settings = dict(SETTINGS.get(env_name(env_id), {}))
         if settings and args.env_id is None:
@@ -224,6 +224,8 @@ def validate(args: Args) -> None:
         for name in names.split():
             value = getattr(args, name)
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
+    for name, value in asdict(args).items():
+        check(not isinstance(value, int) or value < 2**53, f"--{name.replace('_', '-')} {value}: expected less than 2^53")
     check(not args.track or importlib.util.find_spec("wandb"), "--track: it needs `pip install wandb`")
     check(not args.capture_video or importlib.util.find_spec("moviepy"), "--capture-video: it needs `pip install moviepy`")
     check(not args.capture_video or args.evaluate or args.eval_every and args.env_id,
@@ -532,7 +534,7 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args) ->
     check(actions.ndim > 0 and (lengths <= len(actions)).all(),
           f"{where}: episode_lengths up to {lengths.max()}, and actions of shape {actions.shape}")
     lengths = data["episode_lengths"] = lengths.astype(np.int64)
-    for name in ("actions", "terminations", "truncations", "rewards"):
+    for name in ("actions", "dones", "terminations", "truncations", "rewards"):
         if name in data:
             check(data[name].shape[:1] == (lengths.sum(),), f"{where}: {name} of shape {data[name].shape}, expected "
                   f"{lengths.sum()}, the sum of episode_lengths")
@@ -540,7 +542,7 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args) ->
           f"{where}: actions are {actions.dtype} of shape {actions.shape}, expected int64 of shape (T,), or float32 of "
           "shape (T, n) where they are continuous")
     check(actions.dtype.kind != "f" or np.isfinite(actions).all(), f"{where}: actions hold NaN or infinite values")
-    for name in ("terminations", "truncations"):
+    for name in ("dones", "terminations", "truncations"):
         if name in data:
             check(data[name].ndim == 1 and data[name].dtype.kind in "biuf" and np.isin(data[name], (0, 1)).all(),
                   f"{where}: {name} of {data[name].dtype} and shape {data[name].shape}, with values "
@@ -600,7 +602,8 @@ def find_spaces(where: str, data: dict[str, np.ndarray], spaces: Spaces | None) 
         count = data.get("num_actions", max(known, int(actions.max()) + 1))
         check(actions.min() >= 0, f"{where}: actions from {actions.min()}, expected 0 or more")
         check(np.shape(count) == () and np.asarray(count).dtype.kind in "iu" and count > 0,
-              f"{where}: num_actions of {np.asarray(count).dtype} and shape {np.shape(count)}, expected a whole number")
+              f"{where}: num_actions of {np.asarray(count).dtype} and shape {np.shape(count)}, with values "
+              f"{np.unique(count)[:5]}, expected one whole number, 1 or more")
         check(count <= 65_536, f"{where}: {count} actions, expected 65,536 or fewer")
         check((actions < count).all(),
               f"{where}: actions from {actions.min()} to {actions.max()}, expected 0 to {count - 1}")
@@ -609,11 +612,11 @@ def find_spaces(where: str, data: dict[str, np.ndarray], spaces: Spaces | None) 
     if spaces is not None:
         check(len(spaces.action_low) == dim,
               f"{where}: actions of {dim} dimensions, those of --env-id have {len(spaces.action_low)}")
-    bounds = [data.get(name) for name in SIZES[1:]]
-    for bound in bounds:
-        check(bound is None or bound.shape == (dim,) and bound.dtype.kind in "iuf" and not np.isnan(bound).any(),
-              f"{where}: action_low and action_high, expected {dim} numbers each")
-    low, high = (np.full(dim, sign * np.inf) if bound is None else bound for sign, bound in zip((-1, 1), bounds))
+    low, high = (data.get(name, np.full(dim, sign * np.inf)) for sign, name in zip((-1, 1), SIZES[1:]))
+    for name, bound in zip(SIZES[1:], (low, high)):
+        check(bound.shape == (dim,) and bound.dtype.kind in "iuf" and not np.isnan(bound).any(),
+              f"{where}: {name} of {bound.dtype} and shape {bound.shape}, with values {np.unique(bound)[:5]}, expected "
+              f"{dim} numbers")
     no_low, no_high = (~(np.abs(bound) < 1e30) for bound in (low, high))  # float32's limits stand for none, too
     if (no_low | no_high).any():
         print(f"warning: action dimensions {np.flatnonzero(no_low | no_high).tolist()} lack a bound, which is taken from "
@@ -1043,6 +1046,7 @@ class Run:
                 self.rows = [row for row in rows if (int(row["step"]), int(row["updates"])) <= now]
             except (ValueError, TypeError, KeyError) as error:
                 raise BadInput(f"--resume {path}: its metrics.csv cannot be read ({type(error).__name__})") from None
+            self.write_rows()  # now: the next checkpoint may come before the next row
         if args.track:
             import wandb
 
@@ -1110,12 +1114,7 @@ class Run:
                "steps_per_second": round(pace, 1),
                "seconds": round(now - self.start, 1)} | terms
         self.rows = [old for old in self.rows if int(old["updates"]) < updates] + [row]
-        names = dict.fromkeys(name for r in self.rows for name in r)
-        with open(self.dir / "metrics.tmp", "w", newline="") as file:
-            writer = csv.DictWriter(file, names, restval="nan")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
+        self.write_rows()
         self.due = False
         if self.wandb:
             self.wandb.log(row, step=updates)
@@ -1123,6 +1122,15 @@ class Run:
         if self.returns is not None:
             shown |= {"eval_return": mean, "sd": std}
         self.bar.write(f"update {updates}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+
+    def write_rows(self) -> None:
+        """Write metrics.csv anew: the old file or the new one, whenever the process is killed."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        with open(self.dir / "metrics.tmp", "w", newline="") as file:
+            writer = csv.DictWriter(file, names, restval="nan")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(self.dir / "metrics.tmp", self.dir / "metrics.csv")
 
     def check_finite(self) -> None:
         """SystemExit 1 unless the last terms and the networks are finite."""
@@ -1293,6 +1301,7 @@ def train(args: Args) -> Path:
 
 def play(args: Args) -> None:
     """Evaluate a saved model in `--env-id`, or in the environment of its demonstrations, and print the final line."""
+    check(args.resume is None, "--evaluate: it plays a model, and --resume trains on: give one of them")
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     network, actor, saved = load_model(args.evaluate, device)
     args = replace(args, env_id=args.env_id or saved["env_id"])
@@ -1325,6 +1334,11 @@ def main(argv: list[str] | None = None) -> int:
         train(args) if args.evaluate is None else play(args)
     except BadInput as error:
         print(f"{SCRIPT}.py: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("allocate|overflowed", str(error)):  # so says torch of a batch or a network too large for memory
+            raise
+        print(f"{SCRIPT}.py: {str(error).splitlines()[0]}; a smaller --batch-size or network needs less", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

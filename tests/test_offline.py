@@ -488,8 +488,11 @@ BAD = {
     "actions below 0": (demonstrations(WHOLE - 1), [], "from -1"),
     "actions without end": (demonstrations(WHOLE * 10**9), [], "65,536"),
     "num_actions a list": (demonstrations(WHOLE, num_actions=np.zeros(3)), [], "num_actions"),
-    "bounds too few": (demonstrations(REAL, **LOW | {"action_low": -np.ones(1)}), [], "action_low"),
-    "bounds NaN": (demonstrations(REAL, **LOW | {"action_high": np.full(2, np.nan)}), [], "action_low"),
+    "bounds too few": (demonstrations(REAL, **LOW | {"action_low": -np.ones(1)}), [],
+                       "action_low of float64 and shape (1,), with values [-1.], expected 2 numbers"),
+    "bounds NaN": (demonstrations(REAL, **LOW | {"action_high": np.full(2, np.nan)}), [], "action_high of"),
+    "no number of actions": (demonstrations(WHOLE, num_actions=np.array(0)), [], "num_actions of int64 and shape (), with "
+                             "values [0], expected one whole number, 1 or more"),
     "bounds crossed": (demonstrations(REAL, action_low=np.ones(2), action_high=-np.ones(2)), [], "low below high"),
     "nothing left": (demonstrations(WHOLE), ["--num-demos", "1", "--holdout", "0.2"], "--holdout 0.2"),
     "another environment": (demonstrations(WHOLE), ["--env-id", "CartPole-v1"], "MyRobot-v0"),

@@ -739,7 +739,32 @@ def test_evaluation_and_resuming_are_two_things(module, go, tmp_path, capsys):
     go(module)
     run = tmp_path / "run"
     assert module.main(["--resume", str(run), "--evaluate", str(run / "model.pt")]) == 2
-    assert "--evaluate" in capsys.readouterr().err
+    assert "--evaluate: it plays a model, and --resume trains on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_rows_after_the_checkpoint_are_gone_before_the_next_row(module, go, tmp_path, monkeypatch):
+    """Else a run that is stopped again before its first row would take them for its own."""
+    go(module)
+    path = tmp_path / "run" / "metrics.csv"
+    own = path.read_text()
+    names, last = own.splitlines()[0].split(","), dict(rows(tmp_path / "run")[-1])
+    last |= {"step": int(last["step"]) + 50, "updates": int(last["updates"]) + 50}  # of a run killed after this row
+    with open(path, "a", newline="") as file:
+        csv.DictWriter(file, names).writerow(last)
+    monkeypatch.delattr(module.Run, "report")
+    with pytest.raises(AttributeError, match="report"):
+        module.main(["--resume", str(tmp_path / "run")])
+    assert path.read_text() == own
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_a_batch_too_large_for_the_memory_is_one_sentence(module, go, capsys):
+    flag = f"--batch-size {10**15}"  # beyond what a process can address
+    with pytest.raises(AssertionError):  # it asserts the status 0
+        go(module, flag + " --num-demos 1" * (module is iq_atari))
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith(f"{module.SCRIPT}.py: ") and "allocate" in err and "a smaller --batch-size" in err
 
 
 def test_offline_names_the_script_that_an_environment_is_in(tmp_path, capsys):
