@@ -282,7 +282,7 @@ def test_offline_rows_of_pendulum_are_labelled_by_whether_they_are_mirrored():
         rows = [row for row in csv.DictReader(file) if row["task"].startswith("Pendulum")]
     assert Counter(row["task"] for row in rows) == {"Pendulum-v1": 12, "Pendulum-v1, as recorded": 12}
     assert all(("--no-mirror" in row["command"]) is (row["task"] != "Pendulum-v1") for row in rows)
-    assert len({row["commit"] for row in rows}) == 1
+    assert len({(row["method"], row["commit"]) for row in rows}) == 2  # both labels of a method at one commit
 
 
 # Least number of episodes in a file, where they are too large for the 30 of all the others.
