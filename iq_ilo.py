@@ -729,7 +729,8 @@ def check_demonstrations(where: str, data: dict[str, np.ndarray], args: Args) ->
           "expected positive integers")
     check(len(lengths) > 0, f"{where}: it holds no episodes")
     check(ends.ndim > 0 and (lengths <= len(ends)).all(),
-          f"{where}: episode_lengths up to {lengths.max()}, and terminations of shape {ends.shape}")
+          f"{where}: episode_lengths up to {lengths.max()}, and {'dones' if 'dones' in data else 'terminations'} of shape "
+          f"{ends.shape}")
     lengths = data["episode_lengths"] = lengths.astype(np.int64)
     for name in ("dones", "terminations", "truncations", "rewards"):
         if name in data:

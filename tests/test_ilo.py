@@ -621,9 +621,15 @@ def test_a_bad_file_is_refused_in_one_sentence(change, tmp_path, capsys):
 
 
 def test_dones_and_their_meaning(tmp_path, capsys):
-    np.savez(tmp_path / "demos.npz", observations=np.zeros((12, 4), np.float32), dones=np.arange(10) % 5 == 4,
-             episode_lengths=np.array([5, 5]), env_id=np.array("CartPole-v1"))
+    data = {"observations": np.zeros((12, 4), np.float32), "episode_lengths": np.array([5, 5]),
+            "env_id": np.array("CartPole-v1")}
     flags = ["--demos", str(tmp_path / "demos.npz"), "--out-dir", str(tmp_path / "runs"), "--run-name", "run"]
+    for dones in (np.array(True), np.ones(9), np.full(10, 2)):
+        np.savez(tmp_path / "demos.npz", dones=dones, **data)
+        assert iq_ilo.main([*TINY, *flags, "--dones-are", "terminations"]) == 2
+        err = capsys.readouterr().err
+        assert "dones of" in err and "terminations" not in err
+    np.savez(tmp_path / "demos.npz", dones=np.arange(10) % 5 == 4, **data)
     assert iq_ilo.main([*TINY, *flags]) == 2
     assert "--dones-are" in capsys.readouterr().err
     assert iq_ilo.main([*TINY, *flags, "--dones-are", "terminations"]) == 0
