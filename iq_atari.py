@@ -176,7 +176,7 @@ def validate(args: Args) -> None:
         for name in names.split():
             value = getattr(args, name)
             check(holds(value), f"--{name.replace('_', '-')} {value}: expected {rule}")
-    for name, value in asdict(args).items():
+    for name, value in asdict(args).items():  # larger sizes overflow in numpy and torch
         check(not isinstance(value, int) or value < 2**53, f"--{name.replace('_', '-')} {value}: expected less than 2^53")
     check(not args.track or importlib.util.find_spec("wandb"), "--track: it needs `pip install wandb`")
     check(not args.capture_video or importlib.util.find_spec("moviepy"), "--capture-video: it needs `pip install moviepy`")
